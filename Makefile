@@ -1,0 +1,46 @@
+# Every target prepares what it needs: on a fresh machine with Python 3.10 or newer, `make demo` is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+# Nothing here needs the network once installed; one compile cache makes a second run of the tests quick.
+export HF_HUB_OFFLINE ?= 1
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	@touch $@
+
+venv: $(STAMP) ## make .venv and install the package with its test tools
+
+demo: $(STAMP) ## generate text at 80 % sparsity with the embedded model
+	$(BIN)/alisa demo
+
+test: $(STAMP) ## the tests, without the slow ones
+	$(BIN)/pytest --timeout=600 $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## every test
+	$(BIN)/pytest --timeout=1800 -m "" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check alisa_compile tests benchmarks
+	$(BIN)/ruff format --check alisa_compile tests benchmarks
+	$(BIN)/mypy
+
+bench: $(STAMP) ## host overhead of one decode step
+	$(BIN)/python -m benchmarks.host_overhead
+
+clean: ## remove the environment, caches and build output
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+"""`report`, `release`, `disable`: what a user calls besides torch.compile and generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import AlisaError
+from .runtime.report import Report
+from .runtime.store import TokenStore
+
+
+def report(model_or_cache: Any) -> Report:
+    """What happened in the latest `generate` of a compiled model, or so far in an AlisaCache."""
+    stores: list[TokenStore]
+    if isinstance(model_or_cache, torch.nn.Module):
+        from .hf.generate import session_of
+
+        session = session_of(model_or_cache)
+        if session is None or not session.stores:
+            raise AlisaError(
+                "there is nothing to report for this model",
+                got=type(model_or_cache).__name__,
+                expected='a torch.compile(model, backend="alisa") whose generate() has run with an AlisaCache',
+                fix="call generate() first, or pass the AlisaCache itself",
+            )
+        stores = session.stores
+    else:
+        stores = getattr(model_or_cache, "stores", [])
+        if not stores:
+            raise AlisaError("there is nothing to report", got=repr(model_or_cache), expected="an AlisaCache in use")
+    first = stores[0]
+    return Report(
+        steps=first.statistics.steps,
+        tokens=first.host_length,
+        batch_size=first.shape.batch_size,
+        capacity=first.capacity,
+        sparsity=first.config.sparsity if first.selection else 0.0,
+        effective_sparsity=sum(store.effective_sparsity() for store in stores) / len(stores),
+        peak_bytes={"device": sum(store.statistics.peak_bytes.get("device", 0) for store in stores)},
+        bytes_per_row={"device": max(store.row.bytes_per_row * store.groups for store in stores)},
+        graphs=tuple(first.statistics.graphs.values()),
+        decode_ms=tuple(first.statistics.decode_ms),
+        prefill_ms=tuple(first.statistics.prefill_ms),
+    )
+
+
+def release(model: torch.nn.Module) -> None:
+    """Free the KV storage that a compiled model keeps between calls of `generate`."""
+    from .hf import generate
+
+    generate.release(model)
+
+
+def disable() -> None:
+    """Undo the `generate` hook; `alisa_compile.enable()` brings it back."""
+    from .hf import generate
+
+    generate.disable()
+
+
+def enable() -> None:
+    """Install the `generate` hook (done when the backend is first used)."""
+    from .hf import generate
+
+    generate.enable()

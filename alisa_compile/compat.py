@@ -1,0 +1,91 @@
+"""Every private torch and transformers name that alisa touches, with the versions it was checked on.
+
+Nothing else in the package may import a private name. Checked by running: torch 2.13.0, transformers 5.23.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch._dynamo
+import torch._inductor.config as inductor_config
+from torch import fx
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+__all__ = [
+    "CustomGraphPass",
+    "OptimizedModule",
+    "apply_graph_pass",
+    "compile_eager",
+    "compile_inductor",
+    "generous_recompile_limit",
+    "mark_dynamic",
+    "optimized_module_backend",
+    "post_grad_passes_with",
+    "symbolic_expression",
+]
+
+T = TypeVar("T")
+
+
+def optimized_module_backend(module: torch.nn.Module) -> tuple[Any, dict[str, Any]]:
+    """The backend function and its keyword arguments of a `torch.compile(module, backend=...)` result."""
+    wrapper = innermost_backend(module.dynamo_ctx.callback)  # type: ignore[arg-type, union-attr]
+    return getattr(wrapper, "compiler_fn", None), dict(getattr(wrapper, "kwargs", {}))
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Ask Dynamo for a symbol in this dimension instead of a constant; sizes 0 and 1 are always constants."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+@contextlib.contextmanager
+def generous_recompile_limit() -> Iterator[None]:
+    """Room for the graphs of a model: stages x batch sizes x padded or not. Past the limit Dynamo turns eager silently."""
+    limit = max(64, torch._dynamo.config.recompile_limit)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        yield
+
+
+def compile_inductor(
+    gm: fx.GraphModule, example_inputs: list[Any], mode: str | None, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Hand a graph to Inductor; `compile_fx` takes ownership of it."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    options = dict(list_mode_options(mode)) if mode else {}
+    compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches={**options, **patches})
+    return compiled
+
+
+def compile_eager(gm: fx.GraphModule, example_inputs: list[Any], through_aot: bool) -> Callable[..., Any]:
+    """Run the graph without Inductor, after AOTAutograd (`aot_eager`) or as it is (`eager`)."""
+    if not through_aot:
+        return gm.forward
+    compiled: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+    return compiled
+
+
+def post_grad_passes_with(own: CustomGraphPass) -> dict[str, Any]:
+    """An Inductor config patch that appends a pass to whatever post-grad passes are already set."""
+    present = inductor_config.post_grad_custom_post_pass
+    others = () if present is None else tuple(present) if isinstance(present, (list, tuple)) else (present,)
+    return {"post_grad_custom_post_pass": (*others, own) if others else own}
+
+
+def apply_graph_pass(gm: fx.GraphModule, name: str, run: Callable[[fx.GraphModule], T]) -> T | None:
+    """Run a pass under torch's observer: timing, its debug dumps, and TORCHINDUCTOR_DISABLED_PASSES (returns None)."""
+    result: T | None = GraphTransformObserver(gm, name, "pre_grad_passes").apply_gm_pass(run)
+    return result
+
+
+def symbolic_expression(value: Any) -> Any:
+    """The sympy expression of a SymInt, or the integer itself: two sizes are the same symbol if these are equal."""
+    return value.node.expr if isinstance(value, torch.SymInt) else value
+

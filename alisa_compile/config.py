@@ -1,0 +1,135 @@
+"""Options: one frozen dataclass, validated once, shared by the backend, the cache and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from .errors import ConfigError, NotAvailableError
+
+POLICIES = ("swa", "dense", "local", "strided", "h2o")
+INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+_AVAILABLE_POLICIES = ("swa", "dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlisaConfig:
+    """What a user can set, with the names of `options={...}` and of the command line flags.
+
+    sparsity: fraction of past tokens that a decode step leaves out, in [0, 1). 0 is dense attention, exactly.
+    policy: how the kept tokens are chosen: `swa` (sparse window attention) or `dense`.
+    paper: Algorithm 1 of ALISA (ISCA 2024) as printed; sets window, head_mode, sinks, refresh, local_fraction, max_rows.
+    window: decay constant in steps of the attention mass that ranks tokens (paper mode: the last k rows instead).
+    head_mode: `shared` = one kept set per layer and sequence; `per_kv_head` = one per KV head.
+    sinks: first tokens that are always kept.
+    refresh: every this many steps a layer attends to everything once, so that dropped tokens can return; 0 = never.
+    local_fraction: share of the kept rows reserved for the most recent tokens.
+    max_rows: cap on the kept rows; `auto` = grow with the context until a device budget caps it; None = never.
+    max_length: horizon in tokens; default: what `generate` knows, else `max_position_embeddings`.
+    kv_dtype: `auto` (the model's dtype) or `int8` (symmetric, one float32 scale per token and KV head).
+    device_kv_budget, host_kv_budget, disk_kv_budget, disk_path, recompute: tiers; only their defaults are available.
+    validate: decode steps checked against dense attention; only 0 is available.
+    inner_compiler: what compiles the rewritten graph: `inductor`, or for debugging `aot_eager` or `eager`.
+    """
+
+    sparsity: float = 0.8
+    policy: str = "swa"
+    paper: bool = False
+    window: int = 64
+    head_mode: str = "shared"
+    sinks: int = 4
+    refresh: int = 32
+    local_fraction: float = 0.5
+    max_rows: int | str | None = "auto"
+    max_length: int | None = None
+    kv_dtype: str = "auto"
+    device_kv_budget: int | str = "auto"
+    host_kv_budget: int | str = "auto"
+    disk_kv_budget: int | str = 0
+    disk_path: str | None = None
+    recompute: str = "auto"
+    validate: int = 0
+    inner_compiler: str = "inductor"
+
+    def __post_init__(self) -> None:
+        _number("sparsity", self.sparsity, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        _number("local_fraction", self.local_fraction, "a number in (0, 1)", lambda x: 0 < x < 1)
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("head_mode", self.head_mode, ("shared", "per_kv_head"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", "int8"))
+        _one_of("recompute", self.recompute, ("auto", "off", "always"))
+        _one_of("inner_compiler", self.inner_compiler, INNER_COMPILERS)
+        for name, lowest in (("window", 2), ("sinks", 0), ("refresh", 0), ("validate", 0)):
+            _integer(name, getattr(self, name), lowest)
+        if self.max_length is not None:
+            _integer("max_length", self.max_length, 1)
+        if not (self.max_rows is None or self.max_rows == "auto"):
+            _integer("max_rows", self.max_rows, 2)
+        if not isinstance(self.paper, bool):
+            raise ConfigError("option 'paper' is not a flag", got=repr(self.paper), expected="True or False")
+        self._refuse_unavailable()
+
+    def _refuse_unavailable(self) -> None:
+        if self.policy not in _AVAILABLE_POLICIES:
+            raise _not_available("policy", self.policy, f"use one of {', '.join(_AVAILABLE_POLICIES)}")
+        for name, default in (
+            ("device_kv_budget", "auto"),
+            ("host_kv_budget", "auto"),
+            ("disk_kv_budget", 0),
+            ("disk_path", None),
+            ("validate", 0),
+        ):
+            value = getattr(self, name)
+            if value != default:
+                raise _not_available(name, value, f"leave it at its default ({default!r})")
+        if self.recompute == "always":
+            raise _not_available("recompute", self.recompute, "leave it at 'auto' or set 'off'")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None = None) -> AlisaConfig:
+        """Build from `options={...}`; an unknown name is an error that offers the nearest one."""
+        options = dict(options or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
+                hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else "see AlisaConfig's docstring"
+                raise ConfigError(f"unknown option {name!r}", expected=f"one of {', '.join(known)}", fix=hint)
+        return cls(**options)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether decode leaves rows out: sparsity 0 and the dense policy bypass selection altogether."""
+        return self.policy != "dense" and self.sparsity > 0
+
+    @property
+    def keep_ratio(self) -> Fraction:
+        """1 - sparsity as the decimal fraction that was written (0.8 means exactly 4/5, not its float)."""
+        return 1 - Fraction(str(self.sparsity))
+
+
+def _number(name: str, value: object, expected: str, accepts: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not accepts(value):
+        raise ConfigError(f"option {name!r} is out of range", got=repr(value), expected=expected)
+
+
+def _integer(name: str, value: object, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ConfigError(f"option {name!r} is out of range", got=repr(value), expected=f"an integer >= {lowest}")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"option {name!r} has an unknown value", got=repr(value), expected=f"one of {', '.join(choices)}", fix=fix
+        )
+
+
+def _not_available(name: str, value: object, fix: str) -> NotAvailableError:
+    return NotAvailableError(f"option {name!r} is not available yet with this value", got=repr(value), fix=fix)

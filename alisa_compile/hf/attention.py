@@ -1,0 +1,107 @@
+"""`attn_implementation="alisa"`: sparse window attention in eager mode, through transformers' own registries.
+
+A custom attention registered without a mask function silently gets no mask at all, so both are registered together.
+Under torch.compile both step aside for `sdpa`, whose graph the passes rewrite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import AlisaError
+from .cache import AlisaLayer
+
+NAME = "alisa"
+
+
+def alisa_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The 2-D padding mask as it is (eager), or `sdpa`'s 4-D mask (compiled, for the passes to prove and drop)."""
+    if torch.compiler.is_compiling():
+        mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+        return mask
+    return kwargs.get("attention_mask")
+
+
+def alisa_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of `query [B, Hq, T, D]` over an AlisaCache; returns `[B, T, Hq, D]` and no weights."""
+    layer: AlisaLayer | None = getattr(key, "alisa_layer", None)
+    if torch.compiler.is_compiling() or layer is None:
+        mask = attention_mask
+        if mask is not None and mask.dim() == 2:
+            mask = _dense_mask(mask, query, key)
+        out: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out
+    if dropout != 0.0:
+        raise AlisaError("AlisaCache is for inference", got="attention dropout", fix="call model.eval() first")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out_heads = _attend(layer, query, key, value, attention_mask, scale)
+    return out_heads.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    layer: AlisaLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The ops that the rewrite puts into a graph, called one by one."""
+    ops, store, index = torch.ops.alisa, layer.store, layer.index
+    assert store is not None
+    new_tokens = query.shape[2]
+    total = int(store.length[index])
+    if padding_mask is not None and index == 0:
+        width = padding_mask.shape[1]
+        store.valid[:, :width] = padding_mask[:, :total] != 0
+    valid = store.valid if padding_mask is not None or store.host_length else None
+    if new_tokens == 1:
+        out, mass = ops.swa_attention(
+            query, store.pool, store.scales, store.table, store.length, valid, store.rows, store.counts, index, scale
+        )
+    elif total == new_tokens:
+        out, mass = ops.prefill_attention(query, key, value, padding_mask, store.groups, store.spec, scale)
+    else:
+        out, mass = ops.extend_attention(
+            query, store.pool, store.scales, store.table, store.length, valid, index, store.spec, scale
+        )
+    if store.spec:
+        state = (store.scores, store.rows, store.counts, mass, store.length, valid)
+        if new_tokens == 1:
+            ops.kv_select(*state, index, store.spec)
+        else:
+            ops.kv_seed(*state, new_tokens, index, store.spec)
+    layer.finish_eager_step(new_tokens)
+    result: torch.Tensor = out
+    return result
+
+
+def _dense_mask(padding_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A 4-D causal mask from a 2-D one, for K and V that are not from an AlisaCache."""
+    queries, keys = query.shape[2], key.shape[2]
+    columns = torch.arange(keys, device=query.device)
+    positions = torch.arange(keys - queries, keys, device=query.device)
+    causal = columns <= positions[:, None]
+    return causal[None, None] & (padding_mask[:, None, None, :keys] != 0)
+
+
+def register() -> None:
+    """Make `attn_implementation="alisa"` known to transformers."""
+    AttentionInterface.register(NAME, alisa_attention)
+    AttentionMaskInterface.register(NAME, alisa_mask)

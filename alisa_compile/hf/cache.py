@@ -1,0 +1,375 @@
+"""AlisaCache: a transformers `Cache` whose full-attention layers live in a token store."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from copy import deepcopy
+from typing import Any, NoReturn
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from ..config import AlisaConfig
+from ..errors import CacheError, NotAvailableError
+from ..kernels.quantize_row import quantize_row
+from ..runtime.store import StoreShape, TokenStore
+
+logger = logging.getLogger(__name__)
+
+_INITIAL_CAPACITY = 256  # of a cache used without a known horizon; it doubles as it fills
+
+
+class AlisaLayer(CacheLayerMixin):
+    """One full-attention layer: an index into a token store.
+
+    Under `torch.compile`, `update` only emits `alisa::` ops, so that all state reaches the graph as inputs; the host
+    bookkeeping of a compiled step is done by the backend's step wrapper. In eager mode `update` does both.
+    """
+
+    is_compileable = False  # generate() must hand the 2-D mask to the model, not a prepared S x N one
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.owner: weakref.ref[AlisaCache] | None = None  # weak: a cache is freed as soon as nobody holds it
+        self.store: TokenStore | None = None
+        self.index = 0
+
+    def attach(self, store: TokenStore, index: int) -> None:
+        """Bind to layer `index` of a store."""
+        self.store, self.index = store, index
+        self.dtype, self.device = store.shape.dtype, store.shape.device
+        self.batch_size = store.shape.batch_size
+        self.is_initialized = True
+
+    def _cache(self) -> AlisaCache | None:
+        return None if self.owner is None else self.owner()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the whole cache from the first K it sees `[B, H, S, D]` (eager mode only)."""
+        cache = None if torch.compiler.is_compiling() else self._cache()
+        if cache is None:
+            raise CacheError(
+                "an AlisaCache without storage reached a compiled model",
+                fix="pass batch_size= to AlisaCache(...), call cache.allocate(...) before the first forward pass, or "
+                "let torch.compile(model, backend='alisa').generate() make the cache",
+            )
+        cache.allocate(key_states.shape[0], dtype=key_states.dtype, device=key_states.device)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `[B, H, T, D]` rows and return the layer's dense K and V (see `alisa::kv_read`)."""
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        store = self.store
+        assert store is not None
+        if torch.compiler.is_compiling():
+            new_tokens = key_states.shape[2]
+            stage = "decode" if new_tokens == 1 else ("extend" if store.has_history else "prefill")
+            append(store, self.index, key_states, value_states, None)
+            return torch.ops.alisa.kv_read.default(
+                store.pool,
+                store.scales,
+                store.table,
+                store.length,
+                store.valid,
+                store.scores,
+                store.rows,
+                store.counts,
+                key_states,
+                value_states,
+                self.index,
+                stage,
+                store.spec,
+                store.padded,
+            )
+        self._check_rows(store, key_states, value_states)
+        return self._eager_update(store, key_states, value_states)
+
+    def _eager_update(
+        self, store: TokenStore, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new_tokens = key_states.shape[2]
+        total = int(store.length[self.index]) + new_tokens
+        store.reserve(total)
+        if self.index == 0:
+            store.begin_step(new_tokens)
+        append(store, self.index, key_states, value_states, None)
+        cache = self._cache()
+        if cache is not None and cache.attends_sparsely:
+            # attention.py reads the store itself; it finds it through the tensors that the model hands on.
+            key_states.alisa_layer = self  # type: ignore[attr-defined]
+            return key_states, value_states
+        if total == new_tokens:
+            keys, values = key_states, value_states
+        else:
+            keys, values = torch.ops.alisa.kv_read.default(
+                store.pool, store.scales, store.table[..., :total], store.length, store.valid, None, None, None,
+                key_states, value_states, self.index, "extend", store.spec, store.padded,
+            )  # fmt: skip
+        self.finish_eager_step(new_tokens)
+        return keys, values
+
+    def finish_eager_step(self, new_tokens: int) -> None:
+        """Host bookkeeping once the last layer of a forward pass has run."""
+        assert self.store is not None
+        if self.index == self.store.shape.num_layers - 1:
+            self.store.end_step(new_tokens)
+
+    def _check_rows(self, store: TokenStore, key: torch.Tensor, value: torch.Tensor) -> None:
+        expected = (store.shape.batch_size, store.shape.kv_heads, store.shape.head_dim)
+        for name, states in (("K", key), ("V", value)):
+            got = (states.shape[0], states.shape[1], states.shape[3])
+            if got == expected:
+                continue
+            if got[0] != expected[0]:
+                raise CacheError(
+                    "this AlisaCache was filled with another batch size",
+                    got=f"batch size {got[0]}",
+                    expected=f"batch size {expected[0]}",
+                    fix="make a new AlisaCache for the new batch",
+                )
+            raise CacheError(
+                f"{name} of this model does not fit this AlisaCache",
+                got=f"{got[1]} heads of head_dim {got[2]}",
+                expected=f"{expected[1]} heads of head_dim {expected[2]}",
+                fix="build the cache from the config of the model that uses it",
+            )
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen: an int, or inside a traced graph a 0-d tensor, so that no length is baked into the graph."""
+        if self.store is None:
+            return 0
+        if torch.compiler.is_compiling():
+            return self.store.length[self.index]
+        return self.store.host_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the K that `update` will return in this forward pass."""
+        store = self.store
+        if store is None:
+            return query_length, 0
+        if not torch.compiler.is_compiling():
+            return store.host_length + query_length, 0
+        if query_length > 1 and not store.has_history:
+            return query_length, 0
+        return store.table.shape[3], 0
+
+    def get_max_length(self) -> int:
+        """-1: the store grows."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget the tokens (of all layers of this store)."""
+        if self.store is not None:
+            self.store.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not available yet, except for removing nothing."""
+        if tokens_to_remove != 0:
+            _refuse("crop (assisted and prompt-lookup decoding)")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Not available yet."""
+        _refuse("reorder_cache (beam search)")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not available yet."""
+        _refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Not available yet."""
+        _refuse("batch_select_indices")
+
+    def offload(self) -> None:
+        """transformers' own layer-wise offloading does not apply: rows move token by token."""
+        _refuse("layer-wise offloading")
+
+    def prefetch(self) -> None:
+        """See `offload`."""
+        _refuse("layer-wise offloading")
+
+
+class AlisaCache(Cache):
+    """KV cache for `generate(past_key_values=...)`.
+
+    config: the model's config; layers of other kinds than full attention keep transformers' own classes.
+    batch_size, dtype, device: given, storage is allocated at once, which a model compiled with
+        `model.compile(backend="alisa")` needs; otherwise at first use.
+    options: see `AlisaConfig`.
+
+    A cache is for inference with one model and one batch size. `reset()` empties it and keeps its storage.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = AlisaConfig.from_options(options)
+        self.decoder_config = config.get_text_config(decoder=True)
+        super().__init__(layers=_build_layers(self.decoder_config))
+        self.stores: list[TokenStore] = []
+        for layer in self.managed_layers:
+            layer.owner = weakref.ref(self)
+        if not self.managed_layers:
+            raise CacheError(
+                "this model has no full-attention layer that AlisaCache could hold",
+                got=f"model type {self.decoder_config.model_type!r} with layers {sorted({type(x).__name__ for x in self.layers})}",
+                fix="use transformers' own cache for this model",
+            )
+        if batch_size is not None:
+            self.allocate(batch_size, dtype=dtype, device=device)
+
+    @property
+    def managed_layers(self) -> list[AlisaLayer]:
+        """The layers whose rows live in a token store."""
+        return [layer for layer in self.layers if isinstance(layer, AlisaLayer)]
+
+    @property
+    def attends_sparsely(self) -> bool:
+        """Whether eager attention goes through `alisa` (`attn_implementation="alisa"`)."""
+        return getattr(self.decoder_config, "_attn_implementation", None) == "alisa"
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether storage exists."""
+        return bool(self.stores)
+
+    def allocate(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make the storage: `capacity` tokens per sequence (default `max_length`, else a small start that doubles)."""
+        if self.is_allocated:
+            raise CacheError("this AlisaCache already has storage", fix="call reset() to empty it, or build a new one")
+        if batch_size < 1:
+            raise CacheError("batch_size is out of range", got=batch_size, expected="an integer >= 1")
+        dtype = dtype or getattr(self.decoder_config, "dtype", None) or torch.get_default_dtype()
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        capacity = capacity or self.options.max_length or _INITIAL_CAPACITY
+        shapes = [
+            StoreShape(len(layers), batch_size, kv_heads, head_dim, dtype, device)
+            for (kv_heads, head_dim), layers in self._layers_by_shape().items()
+        ]
+        self.adopt([TokenStore(shape, self.options, capacity) for shape in shapes])
+
+    def adopt(self, stores: list[TokenStore]) -> None:
+        """Use these stores, one per K/V shape, in the order in which the shapes first appear."""
+        self.stores = stores
+        for store, layers in zip(stores, self._layers_by_shape().values(), strict=True):
+            for index, layer in enumerate(layers):
+                layer.attach(store, index)
+
+    def _layers_by_shape(self) -> dict[tuple[int, int], list[AlisaLayer]]:
+        groups: dict[tuple[int, int], list[AlisaLayer]] = {}
+        for layer in self.managed_layers:
+            groups.setdefault((layer.kv_heads, layer.head_dim), []).append(layer)
+        return groups
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AlisaCache:
+        """A copy with its own storage, for continuing one prompt in several ways."""
+        copy = AlisaCache(self.decoder_config, **dataclasses.asdict(self.options))
+        if self.is_allocated:
+            copy.adopt([store.copy() for store in self.stores])
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, AlisaLayer):
+                copy.layers[index] = deepcopy(layer, memo)
+        return copy
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens per sequence in all; contents are kept."""
+        for store in self.stores:
+            store.reserve(tokens)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As transformers' `Cache.update`."""
+        if layer_idx >= len(self.layers):
+            raise CacheError(
+                "this AlisaCache belongs to a model with fewer layers",
+                got=f"layer {layer_idx}",
+                expected=f"at most {len(self.layers) - 1}",
+                fix="build the cache from the config of the model that uses it",
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stores."""
+        return sum(store.nbytes for store in self.stores)
+
+
+def append(
+    store: TokenStore,
+    index: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+) -> None:
+    """Quantise if the store is int8, and emit `alisa::kv_append`."""
+    key_scale = value_scale = None
+    if store.is_int8:
+        if torch.compiler.is_compiling():
+            key, key_scale = torch.ops.alisa.quantize_row.default(key)
+            value, value_scale = torch.ops.alisa.quantize_row.default(value)
+        else:
+            key, key_scale = quantize_row(key)
+            value, value_scale = quantize_row(value)
+    torch.ops.alisa.kv_append.default(
+        store.pool,
+        store.scales,
+        store.table,
+        store.length,
+        store.valid,
+        key,
+        value,
+        key_scale,
+        value_scale,
+        padding_mask,
+        index,
+    )
+
+
+def _build_layers(config: PreTrainedConfig) -> list[Any]:
+    """transformers' own layers for this config, with each plain full-attention layer replaced by ours."""
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    per_layer = getattr(config, "per_layer_config", None) or [config] * len(layers)
+    for index, layer in enumerate(layers):
+        if type(layer) is not DynamicLayer:
+            continue
+        shape = _kv_shape(per_layer[index])
+        if shape is not None:
+            layers[index] = AlisaLayer(*shape)
+    return layers
+
+
+def _kv_shape(config: Any) -> tuple[int, int] | None:
+    """KV heads and head_dim of a layer; None where K and V differ in width (MLA), which a row cannot hold."""
+    if getattr(config, "qk_head_dim", None) is not None or getattr(config, "kv_lora_rank", None) is not None:
+        return None
+    heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotAvailableError(
+        f"{what} is not available yet with AlisaCache", fix="use transformers' own cache for this call"
+    )

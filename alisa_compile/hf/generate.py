@@ -1,0 +1,317 @@
+"""`torch.compile(model, backend="alisa").generate(...)` with no further user code.
+
+PyTorch forwards `generate` of a compiled module to the original model, whose forward then runs eagerly: the backend is
+never called. A descriptor on `OptimizedModule` changes that for our backend and for generative transformers models
+only. For the duration of a call it routes the original model's forward through the compiled code, hands `generate` an
+AlisaCache sized for the request, and marks the dimensions that grow as dynamic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import logging
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+
+from .. import compat
+from ..backend import alisa
+from ..config import AlisaConfig
+from ..errors import CacheError
+from ..runtime.report import CompileRow
+from ..runtime.store import TokenStore
+from .cache import AlisaCache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Session:
+    """What stays with a compiled model between calls of `generate`."""
+
+    config: AlisaConfig
+    forward: Callable[..., Any]
+    graphs: dict[int, CompileRow] = dataclasses.field(default_factory=dict)
+    stores: list[TokenStore] = dataclasses.field(default_factory=list)  # of the latest call, kept for the next
+    holder: weakref.ref[AlisaCache] | None = None  # the cache that owns them, while anybody still has it
+    announced: bool = False
+    warned: set[str] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass
+class _Call:
+    """One running `generate`."""
+
+    model: GenerationMixin
+    session: Session
+    cache: AlisaCache | None = None
+
+
+_sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
+_current: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("alisa_generate", default=None)
+_lock = threading.RLock()
+_installed: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+class GenerateDescriptor:
+    """Non-data descriptor `OptimizedModule.generate`; raises AttributeError wherever it is not wanted, so that Python
+    falls through to `OptimizedModule.__getattr__` and nothing changes for other backends and modules."""
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None or not _is_ours(module):
+            raise AttributeError("generate")
+        return functools.partial(generate, module)
+
+
+def _is_ours(module: torch.nn.Module) -> bool:
+    backend, _ = compat.optimized_module_backend(module)
+    return backend is alisa and isinstance(module._orig_mod, GenerationMixin)
+
+
+def enable() -> None:
+    """Install the hook; importing `alisa_compile.hf` does it."""
+    compat.OptimizedModule.generate = GenerateDescriptor()
+
+
+def disable() -> None:
+    """Remove the hook: `generate` of compiled models is PyTorch's again (eager)."""
+    if "generate" in vars(compat.OptimizedModule):
+        del compat.OptimizedModule.generate
+
+
+def session_of(module: torch.nn.Module) -> Session | None:
+    """The session of a compiled model, if `generate` has run."""
+    return _sessions.get(module)
+
+
+def release(module: torch.nn.Module) -> None:
+    """Free the storage that a compiled model keeps between calls."""
+    session = _sessions.get(module)
+    if session is not None:
+        session.stores, session.holder = [], None
+
+
+def generate(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """`GenerationMixin.generate` of the original model, compiled."""
+    model = module._orig_mod
+    with _lock:
+        session = _sessions.get(module)
+        if session is None:
+            session = _new_session(module)
+            _sessions[module] = session
+    call = _Call(model, session)
+    token = _current.set(call)
+    try:
+        with _routed(model), compat.generous_recompile_limit():
+            return model.generate(*args, **kwargs)
+    finally:
+        _current.reset(token)
+
+
+def _new_session(module: Any) -> Session:
+    _, kwargs = compat.optimized_module_backend(module)
+    config = AlisaConfig.from_options(kwargs.get("options"))
+    # Dynamo counts recompilations per code object; a code object of its own keeps models from sharing that count.
+    entry = types.FunctionType(_call_model.__code__.replace(), globals(), "alisa_forward")
+    compiled = torch.compile(entry, backend=alisa, **kwargs)
+    return Session(config, compiled)
+
+
+def _call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return model._call_impl(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _routed(model: Any) -> Iterator[None]:
+    """Route the model's forward, cache preparation and input preparation through us; nested calls count.
+
+    The routes look at a context variable, so a thread that runs the original model meanwhile is not affected.
+    """
+    with _lock:
+        depth = _installed.get(model, 0)
+        _installed[model] = depth + 1
+        if depth == 0:
+            model._compiled_call_impl = _forward_route(model, model._compiled_call_impl)
+            model._prepare_cache_for_generation = _cache_route(model)
+            model.prepare_inputs_for_generation = _inputs_route(model)
+    try:
+        yield
+    finally:
+        with _lock:
+            _installed[model] -= 1
+            if _installed[model] == 0:
+                del _installed[model]
+                model._compiled_call_impl = model._compiled_call_impl.previous
+                del model._prepare_cache_for_generation
+                del model.prepare_inputs_for_generation
+
+
+def _active(model: Any) -> _Call | None:
+    call = _current.get()
+    return call if call is not None and call.model is model else None
+
+
+def _forward_route(model: Any, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    plain = model._call_impl if previous is None else previous
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = _active(model)
+        if call is None:
+            return plain(*args, **kwargs)
+        return call.session.forward(model, *args, **kwargs)
+
+    forward.previous = previous  # type: ignore[attr-defined]
+    return forward
+
+
+def _cache_route(model: Any) -> Callable[..., Any]:
+    original = model._prepare_cache_for_generation
+
+    @functools.wraps(original)
+    def prepare(
+        generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        call = _active(model)
+        if call is not None:
+            _provide_cache(call, generation_config, model_kwargs, mode, batch_size, max_cache_length)
+        return original(generation_config, model_kwargs, mode, batch_size, max_cache_length)
+
+    return prepare
+
+
+def _provide_cache(
+    call: _Call, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+) -> None:
+    """Put an AlisaCache for this request into `model_kwargs`, unless the request asks for something else."""
+    given = model_kwargs.get("past_key_values")
+    reason = _reason_to_stay_out(call.model, given, generation_config, mode)
+    if reason is not None:
+        if reason not in call.session.warned:
+            call.session.warned.add(reason)
+            logger.warning("alisa leaves attention dense and uses transformers' own cache: %s", reason)
+        return
+    sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+    # The last token is never fed back; one slot more spares the growth at the very end.
+    capacity = max(max_cache_length + 1, call.session.config.max_length or 0)
+    mask = model_kwargs.get("attention_mask")
+    padded = mask is not None and not bool((mask != 0).all())
+    if given is None:
+        given = _fresh_cache(call, sequences, capacity)
+        model_kwargs["past_key_values"] = given
+        history_padded = False
+    else:
+        history_padded = _check_given(call.model, given, sequences, capacity)
+    for store in given.stores:
+        store.padded = padded or history_padded
+        for tensor, dim in store.dynamic_dimensions():
+            compat.mark_dynamic(tensor, dim)
+    call.cache = given
+    call.session.stores, call.session.holder = given.stores, weakref.ref(given)
+    if not call.session.announced:
+        call.session.announced = True
+        logger.info(
+            "alisa: %d of %d layers in the KV store, phase I (everything on the device), %.1f MiB for %d x %d tokens",
+            len(given.managed_layers),
+            len(given.layers),
+            given.nbytes / 2**20,
+            sequences,
+            capacity,
+        )
+
+
+def _reason_to_stay_out(model: Any, given: Any, generation_config: Any, mode: Any) -> str | None:
+    if model.config.is_encoder_decoder:
+        return "encoder-decoder models are not supported"
+    if generation_config.use_cache is False:
+        return "use_cache=False"
+    if given is not None and not isinstance(given, AlisaCache):
+        return f"past_key_values is a {type(given).__name__}, not an AlisaCache"
+    if generation_config.cache_implementation is not None:
+        return f"cache_implementation={generation_config.cache_implementation!r} was asked for"
+    if generation_config.output_attentions:
+        return "output_attentions=True needs attention weights, which fused attention does not return"
+    name = str(getattr(mode, "value", mode))
+    if given is None and ("beam" in name or "assisted" in name):
+        return f"{name.replace('_', ' ')} is not available yet with AlisaCache"
+    if given is None and generation_config.is_assistant:
+        return "an assistant model has to roll its cache back"
+    return None
+
+
+def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
+    """A new cache, on the storage of the previous call if nobody holds that any more and it fits."""
+    model, session = call.model, call.session
+    cache = AlisaCache(model.config, **dataclasses.asdict(session.config))
+    stores, session.stores = session.stores, []
+    free = session.holder is None or session.holder() is None
+    if free and stores and stores[0].shape.fits(sequences, model.dtype, model.device):
+        for store in stores:
+            store.reset()
+            store.reserve(capacity)
+            store.statistics.restart()
+        cache.adopt(stores)
+        return cache
+    del stores
+    cache.allocate(sequences, capacity=capacity, dtype=model.dtype, device=model.device)
+    for store in cache.stores:
+        store.statistics.graphs = session.graphs
+    return cache
+
+
+def _check_given(model: Any, cache: AlisaCache, sequences: int, capacity: int) -> bool:
+    """A user's own cache: it must fit the model and the batch. Returns whether its history has padding."""
+    expected = AlisaCache(model.config)
+    shapes = [[(layer.kv_heads, layer.head_dim) for layer in c.managed_layers] for c in (cache, expected)]
+    if shapes[0] != shapes[1]:
+        raise CacheError(
+            "this AlisaCache was built from another config",
+            got=f"{len(shapes[0])} layers, first of (KV heads, head_dim) = {shapes[0][0]}",
+            expected=f"{len(shapes[1])} layers, first of {shapes[1][0]}",
+            fix="build it as AlisaCache(model.config, ...) from this model",
+        )
+    if not cache.is_allocated:
+        cache.allocate(sequences, capacity=capacity, dtype=model.dtype, device=model.device)
+        return False
+    held = cache.stores[0].shape.batch_size
+    if held != sequences:
+        raise CacheError(
+            "this AlisaCache was filled with another batch size",
+            got=f"batch size {sequences}",
+            expected=f"batch size {held}",
+            fix="make a new AlisaCache for the new batch",
+        )
+    cache.reserve(capacity)
+    return any(store.has_history and not bool(store.valid.all()) for store in cache.stores)
+
+
+def _inputs_route(model: Any) -> Callable[..., Any]:
+    original = model.prepare_inputs_for_generation
+
+    @functools.wraps(original)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        inputs = original(*args, **kwargs)
+        call = _active(model)
+        if call is None or call.cache is None or inputs.get("past_key_values") is not call.cache:
+            return inputs
+        tokens = inputs.get("input_ids")
+        if tokens is None:
+            tokens = inputs["inputs_embeds"]
+        if inputs.get("attention_mask") is None:
+            # Some models derive positions from a missing mask and the cache length, which breaks their graph.
+            total = call.cache.get_seq_length() + tokens.shape[1]
+            inputs["attention_mask"] = torch.ones((tokens.shape[0], total), dtype=torch.int64, device=tokens.device)
+        for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "token_type_ids"):
+            tensor = inputs.get(name)
+            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[1] > 1:
+                compat.mark_dynamic(tensor, 1)
+        return inputs
+
+    return prepare

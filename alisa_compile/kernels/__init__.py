@@ -1,0 +1,22 @@
+"""The `alisa::` operators, one folder an op: `op.py` (schema, shapes), `reference.py` (the slow, plain-torch truth).
+
+Importing this package registers every op. Shapes below use: L layers of a store, B sequences, G head groups with one
+index set each, P KV heads per slot (G * P KV heads in all), Hq query heads, D head_dim, C capacity in tokens, N slots.
+"""
+
+from __future__ import annotations
+
+# In a checkout this folder is also found as `kernels`, through the link at the top, and transformers imports a package
+# of that name to read its version. Registering the ops a second time would break both.
+if __name__ == "alisa_compile.kernels":
+    from . import extend_attention, kv_append, kv_read, kv_select, prefill_attention, quantize_row, swa_attention
+
+__all__ = [
+    "extend_attention",
+    "kv_append",
+    "kv_read",
+    "kv_select",
+    "prefill_attention",
+    "quantize_row",
+    "swa_attention",
+]

@@ -1,0 +1,32 @@
+"""`alisa::kv_append`: write the rows of new tokens, their validity, and advance the layer's length."""
+
+from __future__ import annotations
+
+import torch
+
+from ..library import define
+from .reference import kv_append
+
+
+def _fake(
+    pool: torch.Tensor,
+    scales: torch.Tensor | None,
+    table: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+    layer: int,
+) -> None:
+    return None
+
+
+define(
+    "kv_append(Tensor(a!) pool, Tensor(b!)? scales, Tensor table, Tensor(c!) length, Tensor(d!) valid, Tensor key, "
+    "Tensor value, Tensor? key_scale, Tensor? value_scale, Tensor? padding_mask, int layer) -> ()",
+    kv_append,
+    _fake,
+)

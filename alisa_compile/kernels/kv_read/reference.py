@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import torch
+
+from ..quantize_row import dequantize_row
+
+
+def read_rows(
+    pool: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of the given slots: slots `[B, G, T]` to two `[B, G * P, T, D]` tensors of `dtype`."""
+    index = slots.long()
+    taken = pool[index]
+    rows = taken.to(dtype) if scales is None else dequantize_row(taken, scales[index], dtype)
+    batch_size, groups, tokens, _, heads, head_dim = rows.shape
+    rows = rows.permute(3, 0, 1, 4, 2, 5).reshape(2, batch_size, groups * heads, tokens, head_dim)
+    return rows[0], rows[1]
+
+
+def kv_read(
+    pool: torch.Tensor,
+    scales: torch.Tensor | None,
+    table: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor,
+    scores: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: int,
+    stage: str,
+    spec: str,
+    padded: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense K and V of a layer, two `[B, G * P, T, D]` tensors in the dtype of `key`.
+
+    stage `prefill` (no history): the T new rows as they came, before quantisation. `decode` and `extend`: all C
+    positions; those not written yet are zero and masked by the caller. Shapes of the rest as in `kv_append` and
+    `kv_select`; `valid`, `scores`, `rows`, `counts`, `spec` and `padded` only ride along for the rewrite.
+    """
+    if stage == "prefill":
+        return _own_contiguous(key), _own_contiguous(value)
+    keys, values = read_rows(pool, scales, table[layer], key.dtype)
+    return _own_contiguous(keys), _own_contiguous(values)
+
+
+def _own_contiguous(states: torch.Tensor) -> torch.Tensor:
+    """Laid out as the shape function promises, and sharing memory with no input and no other result."""
+    return states.clone(memory_format=torch.contiguous_format)

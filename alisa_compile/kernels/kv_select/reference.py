@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..selection import SelectionSpec, decode_spec
+
+ALL_ROWS = -1  # a count that stands for every valid position
+
+
+def kv_select(
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    mass: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor | None,
+    layer: int,
+    spec: str,
+) -> None:
+    """After a decode step: add its attention mass to the scores, then choose the next step's working set.
+
+    scores: `[L, B, G, R, C]`, a decayed sum (R = 1) or a ring of the last R attention rows; rows: `[L, B, G, W]` int32;
+    counts: `[L, B, G]` int32; mass: `[B, G, C]` from `swa_attention`; length: `[L]`; valid: `[B, C]` or None.
+    Rows that were not attended add nothing: the paper leaves this open, and writing zeros is its literal reading.
+    """
+    policy = decode_spec(spec)
+    tokens = int(length[layer])
+    count = counts[layer]
+    row = torch.zeros_like(mass)
+    if bool((count < 0).any()):
+        row[..., :tokens] = mass[..., :tokens]
+    else:
+        width = int(count.max())
+        kept = torch.arange(width, device=mass.device) < count.unsqueeze(-1)
+        # Padding entries of `rows` repeat position 0, hence scatter_add of zeros rather than scatter.
+        row.scatter_add_(-1, rows[layer, :, :, :width].long(), mass[..., :width].masked_fill(~kept, 0))
+    own = _valid_tokens(valid, tokens, mass) - _valid_tokens(valid, tokens - 1, mass)
+    row *= own[:, None, None]  # the attention row of a padding token counts for nothing
+    state = scores[layer]
+    if policy.window:
+        exponent = policy.decay_exponent(tokens)
+        if exponent == 0:
+            state *= policy.decay ** (16 * policy.window)
+        state[:, :, 0] += row * policy.decay**-exponent
+    else:
+        _write_ring(state, row.unsqueeze(2), _valid_tokens(valid, tokens, mass), own)
+    _choose(scores, rows, counts, tokens, valid, layer, policy)
+
+
+def kv_seed(
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    mass: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor | None,
+    new_tokens: int,
+    layer: int,
+    spec: str,
+) -> None:
+    """After `new_tokens` tokens in one block: the same, from the mass `[B, G, R, <= C]` of the block's last rows."""
+    policy = decode_spec(spec)
+    tokens = int(length[layer])
+    seed_rows, columns = mass.shape[2], mass.shape[3]
+    state = scores[layer]
+    if policy.window:
+        age = torch.arange(seed_rows - 1, -1, -1, device=mass.device, dtype=mass.dtype)
+        recent = torch.einsum("bgrc,r->bgc", mass, policy.decay**age)
+        before, after = policy.decay_exponent(tokens - new_tokens), policy.decay_exponent(tokens)
+        state *= policy.decay ** (before + new_tokens - after)
+        state[:, :, 0, :columns] += recent * policy.decay**-after
+    else:
+        padded = torch.zeros((*mass.shape[:3], state.shape[-1]), dtype=mass.dtype, device=mass.device)
+        padded[..., :columns] = mass
+        own = _valid_tokens(valid, tokens, mass) - _valid_tokens(valid, tokens - new_tokens, mass)
+        _write_ring(state, padded, _valid_tokens(valid, tokens, mass), own)
+    _choose(scores, rows, counts, tokens, valid, layer, policy)
+
+
+def _valid_tokens(valid: torch.Tensor | None, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """Real tokens of each sequence, `[B]` int64."""
+    if valid is None:
+        return torch.full((like.shape[0],), tokens, dtype=torch.int64, device=like.device)
+    return valid[:, :tokens].sum(-1)
+
+
+def _write_ring(
+    ring: torch.Tensor, new_rows: torch.Tensor, valid_tokens: torch.Tensor, own: torch.Tensor
+) -> None:
+    """Put T attention rows `[B, G, T, C]`, newest last, where the j-th real token of a sequence has row j mod R.
+
+    own: `[B]`, how many of the block's tokens are real. Only their rows are written: rows before
+    them stand for no token, and their places in the ring belong to the history.
+    """
+    size, new = ring.shape[2], new_rows.shape[2]
+    new_rows = new_rows[:, :, max(0, new - size) :]
+    new = new_rows.shape[2]
+    order = torch.arange(-new, 0, device=ring.device)
+    index = (valid_tokens[:, None] + order).remainder(size)[:, None, :, None].expand_as(new_rows)
+    written = (order >= -own[:, None])[:, None, :, None]
+    ring.scatter_(2, index, torch.where(written, new_rows, ring.gather(2, index)))
+
+
+def _ranking(state: torch.Tensor, valid_tokens: torch.Tensor, policy: SelectionSpec) -> torch.Tensor:
+    """The score of every position, `[B, G, C]`: larger is kept first."""
+    if policy.window:
+        return state[:, :, 0]
+    size = state.shape[2]
+    slot = torch.arange(size, device=state.device)
+    # Age of the row in ring slot s: how many real tokens ago it was written.
+    age = (valid_tokens[:, None] - 1 - slot).remainder(size)
+    window = torch.as_tensor(policy.local_rows(valid_tokens + 1))
+    used = (age < window[:, None]) & (age < valid_tokens[:, None])
+    return (state * used[:, None, :, None]).sum(2)
+
+
+def _choose(
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    tokens: int,
+    valid: torch.Tensor | None,
+    layer: int,
+    policy: SelectionSpec,
+) -> None:
+    """Write the working set of the step that will hold `tokens + 1` tokens, the coming one (always local) included."""
+    following = tokens + 1
+    if policy.is_refresh_step(following, layer):
+        counts[layer] = ALL_ROWS
+        return
+    state = scores[layer]
+    valid_tokens = _valid_tokens(valid, tokens, state)
+    length = valid_tokens + 1  # per sequence: padding is no context
+    local, dynamic = policy.local_rows(length), policy.dynamic_rows(length)
+    sinks = dynamic.clamp_max(policy.sinks)
+    if valid is None:
+        real = torch.ones((state.shape[0], following), dtype=torch.bool, device=state.device)
+    else:
+        real = F.pad(valid[:, :tokens], (0, 1), value=True)
+    rank = real.long().cumsum(-1) - 1
+    is_local = real & (rank >= (length - local)[:, None])
+    is_sink = real & (rank < sinks[:, None]) & ~is_local
+    candidates = real & ~is_local & ~is_sink
+    # The coming token needs no score, and has no column when it is the first past the capacity.
+    ranking = F.pad(_ranking(state, valid_tokens, policy)[..., :tokens], (0, 1))
+    ranking = ranking.masked_fill(~candidates[:, None], float("-inf"))
+    # A stable ascending sort leaves equal scores in order of position, so its tail prefers the larger position.
+    order = ranking.argsort(dim=-1, stable=True)
+    place = torch.arange(following, device=state.device) >= (following - (dynamic - sinks))[:, None]
+    chosen = torch.zeros_like(ranking, dtype=torch.bool)
+    chosen.scatter_(-1, order, place[:, None].expand_as(chosen))
+    chosen = (chosen & candidates[:, None]) | (is_local | is_sink)[:, None]
+    width = min(rows.shape[-1], following)
+    ascending = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :width]
+    kept = chosen.sum(-1)
+    padding = torch.arange(width, device=state.device) >= kept.unsqueeze(-1)
+    rows[layer, :, :, :width] = ascending.masked_fill(padding, 0).to(rows.dtype)
+    counts[layer] = kept.to(counts.dtype)

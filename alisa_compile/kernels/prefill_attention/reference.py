@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..selection import decode_spec
+from ..swa_attention.reference import score_dtype
+
+_BLOCK_ELEMENTS = 1 << 22  # bounds the scratch of a block of query rows to some tens of MB; no S x S buffer exists
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    groups: int,
+    spec: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention without history.
+
+    query: `[B, Hq, S, D]`, key, value: `[B, Hkv, S, D]`, padding_mask: `[B, S]` nonzero = real token, or None. A padded
+    query row attends to itself alone, so nothing is ever NaN. groups: head groups with one index set each. spec: an
+    encoded `SelectionSpec`, or "" for no mass.
+
+    Returns the output `[B, Hq, S, D]` and the mass `[B, groups, R, S]`, R = `spec.seed_rows(S)`: the attention rows of
+    each sequence's last R valid tokens, oldest first, summed over the group's query heads. A sequence with fewer
+    valid tokens has zeros in its oldest rows.
+    """
+    valid = None if padding_mask is None else padding_mask[:, : key.shape[2]] != 0
+    if valid is None:
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = out.contiguous()  # as the shape function promises; torch may follow the strides of the query
+    else:
+        out = blockwise_attention(query, key, value, valid, query_start=0, scale=scale)
+    seed_rows = decode_spec(spec).seed_rows(query.shape[2]) if spec else 0
+    return out, last_rows_mass(query, key, valid, groups, int(seed_rows), query_start=0, scale=scale)
+
+
+def blockwise_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    *,
+    query_start: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention over blocks of query rows: query row i stands at position `query_start + i`.
+
+    valid: `[B, Skv]` bool or None. Returns `[B, Hq, S, D]`.
+    """
+    batch_size, query_heads, query_length, _ = query.shape
+    kv_length = key.shape[2]
+    columns = torch.arange(kv_length, device=query.device)
+    block = max(1, _BLOCK_ELEMENTS // (batch_size * kv_length))
+    out = query.new_empty(query.shape)
+    for start in range(0, query_length, block):
+        positions = torch.arange(start, min(start + block, query_length), device=query.device) + query_start
+        mask = (columns <= positions[:, None])[None, None]
+        if valid is not None:
+            mask = (mask & valid[:, None, None, :]) | (columns == positions[:, None])
+        out[:, :, start : start + block] = F.scaled_dot_product_attention(
+            query[:, :, start : start + block],
+            key,
+            value,
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=query_heads != key.shape[1],
+        )
+    return out
+
+
+def last_rows_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    groups: int,
+    seed_rows: int,
+    *,
+    query_start: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention rows of the last `seed_rows` valid queries, summed over heads: `[B, groups, seed_rows, Skv]`."""
+    batch_size, query_heads, query_length, head_dim = query.shape
+    kv_heads, kv_length = key.shape[1], key.shape[2]
+    dtype = score_dtype(query.dtype)
+    mass = torch.zeros((batch_size, groups, seed_rows, kv_length), dtype=dtype, device=query.device)
+    if valid is None:
+        chosen = torch.arange(query_length - seed_rows, query_length, device=query.device).expand(batch_size, -1)
+        real = None
+    else:
+        own = valid[:, query_start : query_start + query_length]
+        order = own.to(torch.int8).argsort(dim=-1, stable=True)  # invalid rows first, valid rows in order of position
+        chosen = order[:, query_length - seed_rows :]
+        real = own.gather(1, chosen)
+    columns = torch.arange(kv_length, device=query.device)
+    block = max(1, _BLOCK_ELEMENTS // (batch_size * query_heads * kv_length))
+    for start in range(0, seed_rows, block):
+        index = chosen[:, start : start + block]
+        count = index.shape[1]
+        rows = query.gather(2, index[:, None, :, None].expand(-1, query_heads, -1, head_dim))
+        packed = rows.reshape(batch_size, kv_heads, -1, head_dim)  # [B, Hkv, Hq / Hkv * count, D]
+        logits = (packed @ key.transpose(-1, -2)).to(dtype) * scale
+        logits = logits.reshape(batch_size, query_heads, count, kv_length)
+        positions = index + query_start
+        attends = columns <= positions[..., None]
+        if valid is not None:
+            attends = (attends & valid[:, None, :]) | (columns == positions[..., None])
+        weights = logits.masked_fill(~attends[:, None], float("-inf")).softmax(-1)
+        if real is not None:
+            weights = weights * real[:, None, start : start + block, None]
+        mass[:, :, start : start + block] = weights.reshape(batch_size, groups, -1, count, kv_length).sum(2)
+    return mass

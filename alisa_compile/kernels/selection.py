@@ -1,0 +1,124 @@
+"""What a selection policy means to a kernel: a few numbers, passed to ops as one readable string.
+
+Ops take the string because an op's schema must not change when policies gain parameters, and because the string is
+what a person reads in the graph. It is parsed once and cached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionSpec:
+    """How many rows a step attends to, and how tokens are ranked.
+
+    local, dynamic: kept share of the context as exact fractions: the most recent tokens, and the top-ranked others.
+    window: decay constant of the ranking score in steps; 0 ranks by the plain sum of the last `local_rows(n)`
+        attention rows (ALISA, Algorithm 1), which needs a ring of that many rows.
+    sinks: first tokens always kept, counted inside the dynamic share.
+    refresh: every this many steps a layer attends to all rows; 0 = never.
+    max_rows: cap on the rows of a step; 0 = none.
+    """
+
+    local: Fraction
+    dynamic: Fraction
+    window: int
+    sinks: int = 0
+    refresh: int = 0
+    max_rows: int = 0
+
+    def encode(self) -> str:
+        """The string form that ops take."""
+        return ",".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))
+
+    def local_rows(self, length: Any) -> Any:
+        """Locally static rows at a context of `length` tokens, the current one included: max(1, nearest(n * local)).
+
+        ALISA Algorithm 1, line 1, with halves rounded up. `length` may be an int, a SymInt or an integer tensor.
+        """
+        rows = _nearest(length, self.local)
+        if self.max_rows:
+            share = self.local / (self.local + self.dynamic)
+            rows = _minimum(rows, max(1, _nearest(self.max_rows, share)))
+        return _minimum(_maximum(rows, 1), length)
+
+    def dynamic_rows(self, length: Any) -> Any:
+        """Globally dynamic rows (sinks included) at a context of `length` tokens; never more than the non-locals."""
+        rows = _maximum(_nearest(length, self.dynamic), 1)
+        if self.max_rows:
+            share = self.local / (self.local + self.dynamic)
+            rows = _minimum(rows, self.max_rows - max(1, _nearest(self.max_rows, share)))
+        return _minimum(rows, length - self.local_rows(length))
+
+    def rows_capacity(self, capacity: int) -> int:
+        """Most rows that any step selects while the context has at most `capacity` tokens."""
+        return int(self.local_rows(capacity) + self.dynamic_rows(capacity))
+
+    def score_rows(self, capacity: int) -> int:
+        """Rows of score storage: one decayed sum, or the ring of attention rows that Algorithm 1 sums."""
+        return 1 if self.window else int(self.local_rows(capacity))
+
+    def seed_rows(self, query_length: Any, capacity: Any = None) -> Any:
+        """How many of a block's last attention rows seed the scores (the decayed sum is cut at four windows).
+
+        capacity: given for a block on a history, whose window depends on a context that no shape tells: every row
+        that Algorithm 1 could sum while the context fits.
+        """
+        if self.window:
+            return _minimum(4 * self.window, query_length)
+        context = query_length if capacity is None else capacity
+        return _minimum(self.local_rows(context + 1), query_length)
+
+    @property
+    def decay(self) -> float:
+        """Factor by which a score fades each step."""
+        return 1 - 1 / self.window
+
+    def decay_exponent(self, length: int) -> int:
+        """Scores are stored as score * decay**-e with this e, so a step need not touch every score.
+
+        Every 16 windows e returns to 0 and `kv_select` rescales, which keeps decay**-e below about 1e7.
+        """
+        return length % (16 * self.window)
+
+    def is_refresh_step(self, length: int, layer: int) -> bool:
+        """Whether the step with `length` tokens is dense in this layer; layers take turns."""
+        return self.refresh > 0 and (length + layer) % self.refresh == 0
+
+
+@functools.lru_cache(maxsize=64)
+def decode_spec(text: str) -> SelectionSpec:
+    """Parse what `SelectionSpec.encode` wrote."""
+    fields = dict(part.split("=", 1) for part in text.split(","))
+    return SelectionSpec(
+        local=Fraction(fields["local"]),
+        dynamic=Fraction(fields["dynamic"]),
+        window=int(fields["window"]),
+        sinks=int(fields["sinks"]),
+        refresh=int(fields["refresh"]),
+        max_rows=int(fields["max_rows"]),
+    )
+
+
+def _nearest(length: Any, share: Fraction) -> Any:
+    """floor(length * share + 1/2) in integers, so that it is exact for ints, SymInts and tensors alike."""
+    numerator = 2 * share.numerator * length + share.denominator
+    return numerator // (2 * share.denominator)
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return torch.sym_min(a, b) if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) else min(a, b)
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        return a.clamp_min(b)
+    return torch.sym_max(a, b) if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) else max(a, b)

@@ -1,0 +1,56 @@
+"""The ordered list of passes, and how they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+
+from torch import fx
+
+from .. import compat
+from ..config import AlisaConfig
+from ..runtime.report import SkipRow
+from . import fold_repeated_heads, rewrite_attention, spec
+from .base import GraphPass, PassResult
+
+PIPELINE: tuple[GraphPass, ...] = (
+    GraphPass("alisa_fold_repeated_heads", fold_repeated_heads.run),
+    GraphPass("alisa_rewrite_attention", rewrite_attention.run),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineResult:
+    """What all passes did to one graph."""
+
+    passes: tuple[PassResult, ...]
+
+    @property
+    def rewritten(self) -> int:
+        """Attention nodes that became `alisa::` ops."""
+        return sum(result.rewritten for result in self.passes if result.name == "alisa_rewrite_attention")
+
+    @property
+    def skipped(self) -> tuple[SkipRow, ...]:
+        """The skip list."""
+        return tuple(row for result in self.passes for row in result.skipped)
+
+
+def run_pipeline(gm: fx.GraphModule, config: AlisaConfig) -> PipelineResult:
+    """Run every pass in place. A pass named in TORCHINDUCTOR_DISABLED_PASSES is left out."""
+    results = []
+    check = os.environ.get("ALISA_CHECK") == "1"
+    for graph_pass in PIPELINE:
+        started = time.perf_counter()
+        result = compat.apply_graph_pass(gm, graph_pass.name, lambda m, p=graph_pass: p.run(m, config))  # type: ignore[misc]
+        if result is None:
+            continue
+        result.seconds = time.perf_counter() - started
+        results.append(result)
+        if check:
+            gm.graph.lint()
+    outcome = PipelineResult(tuple(results))
+    if check:
+        spec.check(gm, outcome.skipped)
+    return outcome

@@ -1,0 +1,183 @@
+"""Rewrite attention over an AlisaCache into `alisa::` attention, scoring and selection.
+
+Before: kv_append -> kv_read -> scaled_dot_product_attention with a mask. After, by the stage that `kv_read` carries:
+decode: kv_append -> swa_attention -> kv_select; prefill: kv_append -> prefill_attention -> kv_seed; extend (several
+tokens on a history): kv_append -> extend_attention -> kv_seed. Without sparsity nothing is scored or selected. The
+mask and the dense read are left without users and disappear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from operator import getitem as _getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..config import AlisaConfig
+from ..runtime.report import SkipRow
+from .base import PassResult, Refusal, attention_nodes, example, insert_call, is_call, is_op
+from .causal_mask import CausalMask, prove_causal
+
+ops = torch.ops.alisa
+
+# Position of each argument in the schemas of kv_append and kv_read (see kernels/).
+_APPEND_VALID, _APPEND_MASK, _APPEND_LAYER = 4, 9, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadSite:
+    """The arguments of a `kv_read` node, by name."""
+
+    pool: fx.Node
+    scales: fx.Node | None
+    table: fx.Node
+    length: fx.Node
+    valid: fx.Node
+    scores: fx.Node | None
+    rows: fx.Node | None
+    counts: fx.Node | None
+    key: fx.Node
+    value: fx.Node
+    layer: int
+    stage: str
+    spec: str
+    padded: bool
+
+
+def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
+    """Rewrite each attention that can be proved equal; say why for each that cannot."""
+    result = PassResult("alisa_rewrite_attention")
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    masked_stores: set[fx.Node] = set()
+    for node in attention_nodes(gm):
+        layer: int | None = None
+        try:
+            read = _read_behind(node)
+            site = ReadSite(*read.args)
+            layer = site.layer
+            append = _append_of(gm, site)
+            padding = _check(node, site, append, order)
+            if padding is not None and site.valid not in masked_stores:
+                append.update_arg(_APPEND_MASK, padding)
+                masked_stores.add(site.valid)
+            with gm.graph.inserting_before(node):
+                out = _emit(gm.graph, node, site, padding)
+            node.replace_all_uses_with(out)
+            gm.graph.erase_node(node)
+            result.rewritten += 1
+        except Refusal as refusal:
+            result.skipped.append(SkipRow(node.name, layer, str(refusal)))
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return result
+
+
+def _read_behind(node: fx.Node) -> fx.Node:
+    """The `kv_read` whose two results are this attention's K and V."""
+    if len(node.args) < 3:
+        raise Refusal("query, key and value are not positional arguments")
+    sources = []
+    for place, argument in enumerate(node.args[1:3]):
+        if not (is_call(argument, "getitem") and is_op(argument.args[0], ops.kv_read.default)):
+            raise Refusal("its K and V do not come from an AlisaCache")
+        if argument.args[1] != place:
+            raise Refusal("its K and V are swapped")
+        sources.append(argument.args[0])
+    if sources[0] is not sources[1]:
+        raise Refusal("its K and V come from different layers of the cache")
+    return sources[0]  # type: ignore[no-any-return]
+
+
+def _append_of(gm: fx.GraphModule, site: ReadSite) -> fx.Node:
+    for node in gm.graph.nodes:
+        if is_op(node, ops.kv_append.default) and node.args[0] is site.pool and node.args[_APPEND_LAYER] == site.layer:
+            return node
+    raise Refusal("nothing appends to its layer of the cache")
+
+
+def _check(node: fx.Node, site: ReadSite, append: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
+    """Everything that must hold for the rewrite; returns the padding mask to apply, if any."""
+    query, key = example(node.args[0]), example(site.key)
+    if query.dim() != 4 or query.shape[2] != key.shape[2]:
+        raise Refusal("its query is not the new tokens' alone (cross attention)")
+    if node.kwargs.get("dropout_p", 0.0) != 0.0:
+        raise Refusal("it uses dropout (training mode)")
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        raise Refusal("gradients are enabled; call it under torch.no_grad() or torch.inference_mode()")
+    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+    is_causal = node.kwargs.get("is_causal", False)
+    if mask is None:
+        if site.stage == "prefill" and not is_causal:
+            raise Refusal("it is not causal (bidirectional attention over the prompt)")
+        if site.stage == "extend":
+            raise Refusal("it has no mask although new tokens follow a history")
+        return None
+    if is_causal:
+        raise Refusal("it combines a mask with is_causal")
+    if not isinstance(mask, fx.Node) or example(mask).dim() != 4 or example(mask).shape[1] != 1:
+        raise Refusal("its mask differs between heads")
+    proved = prove_causal(mask)
+    _check_offset(proved, site, append, order)
+    if not site.padded or proved.padding is None:
+        return None
+    if order[proved.padding] > order[append]:
+        raise Refusal("its padding mask is computed after K and V are stored")
+    return proved.padding
+
+
+def _check_offset(proved: CausalMask, site: ReadSite, append: fx.Node, order: dict[fx.Node, int]) -> None:
+    """The first query must stand right after the history: at 0 in a prefill, else at the layer's length."""
+    if proved.constant != 0:
+        raise Refusal(f"its mask is causal with a shift of {proved.constant}")
+    if not proved.offset:
+        if site.stage == "prefill":
+            return
+        raise Refusal("its mask does not count the history")
+    offset = proved.offset[0]
+    reads_length = offset.args[0] is site.length and order[offset] < order[append]
+    if len(proved.offset) != 1 or not reads_length:
+        raise Refusal("its mask counts positions from something else than the cache's length")
+
+
+def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | None) -> fx.Node:
+    query = node.args[0]
+    assert isinstance(query, fx.Node)
+    scale = node.kwargs.get("scale")
+    scale = 1 / math.sqrt(example(query).shape[3]) if scale is None else scale
+    valid = site.valid if site.padded else None
+    groups = example(site.table).shape[2]
+
+    def call(op: Any, *args: Any) -> fx.Node:
+        return insert_call(graph, op, args, node)
+
+    if site.stage == "decode":
+        both = call(
+            ops.swa_attention.default, query, site.pool, site.scales, site.table, site.length, valid, site.rows,
+            site.counts, site.layer, scale,
+        )  # fmt: skip
+    elif site.stage == "prefill":
+        both = call(
+            ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale
+        )
+    else:
+        both = call(
+            ops.extend_attention.default, query, site.pool, site.scales, site.table, site.length, valid, site.layer,
+            site.spec, scale,
+        )  # fmt: skip
+    out = call(_getitem, both, 0)
+    if site.spec:
+        mass = call(_getitem, both, 1)
+        state = (site.scores, site.rows, site.counts, mass, site.length, valid)
+        if site.stage == "decode":
+            call(ops.kv_select.default, *state, site.layer, site.spec)
+        else:
+            new_tokens = example(query).shape[2]
+            if isinstance(new_tokens, torch.SymInt):
+                new_tokens = call(torch.ops.aten.sym_size.int, query, 2)
+            call(ops.kv_seed.default, *state, new_tokens, site.layer, site.spec)
+    return out
+
+

@@ -1,0 +1,194 @@
+"""The token store: rows, residency, scores and working sets of all layers with one K/V shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+
+import torch
+
+from ..config import AlisaConfig
+from ..errors import CacheError
+from ..kernels.selection import SelectionSpec
+from ..kernels.swa_attention.reference import score_dtype
+from .policies import head_groups, selection_spec
+from .report import RunStatistics
+from .tiers import Pool, RowForm, RowShape, Tier, identity_table
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreShape:
+    """What decides a store's tensors, besides its capacity."""
+
+    num_layers: int
+    batch_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def fits(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a store of this shape serves a request; its layers and heads are the model's anyway."""
+        return (self.batch_size, self.dtype, self.device) == (batch_size, dtype, device)
+
+
+class TokenStore:
+    """Storage of one K/V shape; a layer is an integer argument of every op.
+
+    The tensors are attributes because traced code reads them there, which makes each a graph input shared by all
+    layers: `pool [N, 2, P, D]`, `scales [N, 2, P]` or None, `table [L, B, G, C]` int32, `length [L]` int64,
+    `valid [B, C]` bool, and for sparse policies `scores [L, B, G, R, C]`, `rows [L, B, G, W]` int32, `counts [L, B, G]`
+    int32. Capacity is never a number in traced code: it is `table.shape[3]`, so a graph serves every capacity.
+    """
+
+    def __init__(self, shape: StoreShape, config: AlisaConfig, capacity: int) -> None:
+        self.shape = shape
+        self.config = config
+        self.groups = head_groups(config, shape.kv_heads)
+        form = RowForm.KV_INT8 if config.kv_dtype == "int8" else RowForm.KV
+        self.row = RowShape(shape.kv_heads // self.groups, shape.head_dim, shape.dtype, form)
+        self.selection = selection_spec(config)
+        # Read while tracing: strings and flags become constants and guards of the graph.
+        self.spec = self.selection.encode() if self.selection else ""
+        self.is_int8 = form is RowForm.KV_INT8
+        self.padded = True
+        self.has_history = False
+        self.host_length = 0
+        self.statistics = RunStatistics()
+        self._step_started = 0.0
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        shape, groups = self.shape, self.groups
+        device = shape.device
+        slots = shape.num_layers * shape.batch_size * groups * capacity
+        self.device_pool = Pool.allocate(Tier.DEVICE, self.row, slots, device)
+        self.pool, self.scales = self.device_pool.rows, self.device_pool.scales
+        self.table = identity_table(shape.num_layers, shape.batch_size, groups, capacity, device)
+        self.length = torch.zeros(shape.num_layers, dtype=torch.int64, device=device)
+        self.valid = torch.ones((shape.batch_size, capacity), dtype=torch.bool, device=device)
+        self.scores: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
+        if self.selection is not None:
+            leading = (shape.num_layers, shape.batch_size, groups)
+            # One more than fits: a step that fills the store selects for the token that growth makes room for.
+            ring, width = self.selection.score_rows(capacity + 1), self.selection.rows_capacity(capacity + 1)
+            self.scores = torch.zeros((*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device)
+            self.rows = torch.zeros((*leading, width), dtype=torch.int32, device=device)
+            self.counts = torch.full(leading, -1, dtype=torch.int32, device=device)
+        reference = weakref.ref(self)
+        self.pool.alisa_store = reference  # type: ignore[attr-defined]
+        self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without growing."""
+        return self.table.shape[3]
+
+    def dynamic_dimensions(self) -> list[tuple[torch.Tensor, int]]:
+        """The tensor dimensions that depend on the capacity: a compiler must not specialise on them."""
+        dims = [(self.pool, 0), (self.table, 3), (self.valid, 1)]
+        if self.scales is not None:
+            dims.append((self.scales, 0))
+        if self.scores is not None and self.rows is not None:
+            dims += [(self.scores, 4), (self.rows, 3)]
+            if self.selection is not None and not self.selection.window:
+                dims.append((self.scores, 3))
+        return dims
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that persists between steps."""
+        every = (self.pool, self.scales, self.table, self.length, self.valid, self.scores, self.rows, self.counts)
+        return [tensor for tensor in every if tensor is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: rows, scales, tables, scores, index sets."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def copy(self) -> TokenStore:
+        """An independent store with the same contents."""
+        other = TokenStore(self.shape, self.config, self.capacity)
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            theirs.copy_(mine)
+        other.padded, other.has_history, other.host_length = self.padded, self.has_history, self.host_length
+        return other
+
+    def reset(self) -> None:
+        """Forget all tokens; storage and compiled graphs stay."""
+        self.length.zero_()
+        self.valid.fill_(True)
+        if self.scores is not None and self.counts is not None:
+            self.scores.zero_()
+            self.counts.fill_(-1)
+        self.has_history = False
+        self.host_length = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all, by doubling; contents are kept. Not inside a compiled step."""
+        if tokens <= self.capacity:
+            return
+        capacity = max(tokens, 2 * self.capacity)
+        old = (self.device_pool, self.table, self.length, self.valid, self.scores, self.rows, self.counts)
+        old_capacity = self.capacity
+        self._allocate(capacity)
+        pool, table, length, valid, scores, rows, counts = old
+        used = self.host_length
+        here, there = self.table[..., :used].long(), table[..., :used].long()
+        self.pool[here] = pool.rows[there]
+        if self.scales is not None and pool.scales is not None:
+            self.scales[here] = pool.scales[there]
+        self.length.copy_(length)
+        self.valid[:, :old_capacity] = valid
+        if scores is not None and rows is not None and counts is not None:
+            self._carry_selection(scores, rows, counts, old_capacity)
+
+    def _carry_selection(
+        self, scores: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, old_capacity: int
+    ) -> None:
+        assert self.scores is not None and self.rows is not None and self.counts is not None
+        old_ring, ring = scores.shape[3], self.scores.shape[3]
+        if ring == old_ring:
+            self.scores[..., :old_capacity] = scores
+        else:  # the ring of Algorithm 1: the j-th real token's row moves from j mod old to j mod new
+            tokens = self.valid[:, : self.host_length].sum(-1)
+            for sequence, count in enumerate(tokens.tolist()):
+                ranks = torch.arange(max(0, count - old_ring), count, device=scores.device)
+                source = scores[:, sequence, :, ranks % old_ring]
+                self.scores[:, sequence, :, ranks % ring, :old_capacity] = source
+        self.rows[..., : rows.shape[-1]] = rows
+        self.counts.copy_(counts)
+
+    def begin_step(self, new_tokens: int) -> None:
+        """Host work before the ops of a forward pass run."""
+        if self.host_length + new_tokens > self.capacity:
+            raise CacheError(
+                "the cache is full",
+                got=f"{self.host_length} tokens stored and {new_tokens} new ones",
+                expected=f"at most {self.capacity} in all",
+                fix=f"call cache.reserve({self.host_length + new_tokens}) before this forward pass, or pass a larger "
+                "max_length when the cache is built",
+            )
+        self._step_started = time.perf_counter()
+
+    def end_step(self, new_tokens: int) -> None:
+        """Host work after the ops of a forward pass: lengths, statistics, and room for one more token."""
+        self.host_length += new_tokens
+        self.has_history = True
+        self.statistics.note_step(new_tokens, self.host_length, (time.perf_counter() - self._step_started) * 1e3)
+        if self.host_length >= self.capacity:
+            self.reserve(self.host_length + 1)
+
+    def effective_sparsity(self) -> float:
+        """Share of past rows that the coming step leaves out, averaged over layers, sequences and groups."""
+        if self.counts is None or self.host_length == 0:
+            return 0.0
+        kept = torch.where(self.counts < 0, self.host_length + 1, self.counts).double().mean()
+        return 1 - float(kept) / (self.host_length + 1)
+
+    @property
+    def policy(self) -> SelectionSpec | None:
+        """The selection in use; None = dense."""
+        return self.selection

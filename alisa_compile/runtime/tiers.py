@@ -1,0 +1,81 @@
+"""Tiers, row forms, pools and residency tables: the vocabulary of where a KV row is."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+
+
+class Tier(enum.Enum):
+    """A place where rows can live. Only the device tier holds rows so far."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class RowForm(enum.Enum):
+    """How a row is encoded in its slot."""
+
+    KV = "kv"
+    KV_INT8 = "kv_int8"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """What one slot holds: K and V of one token for `heads_per_slot` KV heads.
+
+    Stored contiguously as `[K|V, heads_per_slot, head_dim]`; `kv_int8` adds `[K|V, heads_per_slot]` float32 scales.
+    """
+
+    heads_per_slot: int
+    head_dim: int
+    dtype: torch.dtype
+    form: RowForm
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of the pool."""
+        return torch.int8 if self.form is RowForm.KV_INT8 else self.dtype
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of one slot, scales included."""
+        values = 2 * self.heads_per_slot * self.head_dim * self.stored_dtype.itemsize
+        scales = 2 * self.heads_per_slot * torch.float32.itemsize if self.form is RowForm.KV_INT8 else 0
+        return values + scales
+
+
+@dataclasses.dataclass
+class Pool:
+    """Fixed-capacity storage of one row form in one tier, shared by all layers and sequences of a store."""
+
+    tier: Tier
+    shape: RowShape
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+
+    @classmethod
+    def allocate(cls, tier: Tier, shape: RowShape, num_slots: int, device: torch.device) -> Pool:
+        """Zeroed, so that a dense read of positions not written yet is finite: `rows [N, 2, P, D]`, `scales [N, 2, P]`."""
+        rows = torch.zeros((num_slots, 2, shape.heads_per_slot, shape.head_dim), dtype=shape.stored_dtype, device=device)
+        scales = None
+        if shape.form is RowForm.KV_INT8:
+            scales = torch.zeros((num_slots, 2, shape.heads_per_slot), dtype=torch.float32, device=device)
+        return cls(tier, shape, rows, scales)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in the pool."""
+        return self.rows.shape[0]
+
+
+def identity_table(
+    num_layers: int, batch_size: int, groups: int, capacity: int, device: torch.device
+) -> torch.Tensor:
+    """A residency table `[L, B, G, C]` int32 in which each (layer, sequence, group) has a quota of C slots in order."""
+    count = num_layers * batch_size * groups * capacity
+    slots = torch.arange(count, dtype=torch.int32, device=device)
+    return slots.view(num_layers, batch_size, groups, capacity)

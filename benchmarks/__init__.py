@@ -1,0 +1,1 @@
+"""Measurements, and the assets they run on; not part of the installed package."""
