@@ -39,6 +39,8 @@ def alisa(
     outcome = run_pipeline(gm, config)
     steps = _find_steps(gm)
     stage = _stage(gm)
+    for announce in compile_start_listeners:
+        announce(stage)
     logger.info(
         "compiling the %s graph: %d attention layers rewritten, %d left dense",
         stage,
@@ -56,7 +58,8 @@ def alisa(
     return CompiledStep(compiled, steps, row)
 
 
-#: Called with a CompileRow after each compilation; tools show progress with it.
+#: Called with the stage before each compilation and with a CompileRow after it; tools show progress so.
+compile_start_listeners: list[Callable[[str], None]] = []
 compile_listeners: list[Callable[[CompileRow], None]] = []
 
 

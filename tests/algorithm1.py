@@ -1,7 +1,7 @@
-"""ALISA Algorithm 1 (ISCA 2024), paper mode, written as plain loops: the truth that the kernels are compared with.
+"""ALISA Algorithm 1 (ISCA 2024), paper mode, as plain loops: the truth that the kernels are compared with.
 
-One `Sequence` is one sequence in one layer. It knows real tokens only: padding never reaches it, so token i is the
-i-th real token. It shares no code and no data structure with `alisa_compile`. Everything is float64.
+One `Sequence` is one sequence in one layer. It knows real tokens only: padding never reaches it, so token i
+is the i-th real token. It shares no code and no data structure with `alisa_compile`. Everything is float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 def half_budget(tokens: int, sparsity: float) -> int:
-    """Line 1: k = max(1, floor(n r / 2 + 1 / 2)) with r = 1 - sparsity as the decimal fraction that was written."""
+    """Line 1: k = max(1, floor(n r / 2 + 1 / 2)), r = 1 - sparsity as an exact decimal fraction."""
     ratio = 1 - Fraction(str(sparsity))
     return max(1, math.floor(tokens * ratio / 2 + Fraction(1, 2)))
 
@@ -50,13 +50,13 @@ class Sequence:
         self.scale = scale
         self.keys: list[Array] = []
         self.values: list[Array] = []
-        self.rows: list[dict[int, float]] = []  # per past query: head-summed attention of each token it attended
+        self.rows: list[dict[int, float]] = []  # per past query: head-summed attention by token
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def block(self, queries: Array, keys: Array, values: Array) -> Array:
-        """A prompt or a further turn, `[T, heads, D]` each: dense causal attention; its rows join the window."""
+        """A prompt or a further turn, `[T, heads, D]` each: dense causal; its rows join the window."""
         outputs = []
         for query, key, value in zip(queries, keys, values, strict=True):
             self.keys.append(np.asarray(key, np.float64))
@@ -65,7 +65,7 @@ class Sequence:
         return np.stack(outputs) if outputs else np.zeros(np.shape(queries))
 
     def scores(self) -> list[float]:
-        """Line 2 for the coming token: per past token, the sum of the last k attention rows over rows and heads."""
+        """Line 2 for the coming token: per past token, the sum of the last k attention rows and all heads."""
         window = half_budget(len(self) + 1, self.sparsity)
         totals = [0.0] * len(self)
         for row in self.rows[-window:]:

@@ -1,4 +1,4 @@
-"""Drives the ops through a token store as a model would, and the naive attention that results are compared with."""
+"""Drives the ops through a token store as a model would, and the naive attention to compare with."""
 
 from __future__ import annotations
 
@@ -49,12 +49,20 @@ class Block:
 
 
 def random_block(
-    generator: torch.Generator, heads: Heads, tokens: int, *, layers: int = 1, batch: int = 1, dtype: torch.dtype
+    generator: torch.Generator,
+    heads: Heads,
+    tokens: int,
+    *,
+    layers: int = 1,
+    batch: int = 1,
+    dtype: torch.dtype,
 ) -> Block:
     """Random rows, laid out as models make them: `[B, T, heads, D]` transposed."""
 
     def draw(count: int) -> torch.Tensor:
-        states = torch.randn((layers, batch, tokens, count, heads.dim), generator=generator, dtype=torch.float64)
+        states = torch.randn(
+            (layers, batch, tokens, count, heads.dim), generator=generator, dtype=torch.float64
+        )
         return states.to(dtype).transpose(2, 3)
 
     return Block(draw(heads.query), draw(heads.kv), draw(heads.kv))
@@ -101,8 +109,8 @@ class Driver:
             key, key_scale = quantize_row(key)
             value, value_scale = quantize_row(value)
         ops.kv_append(
-            store.pool, store.scales, store.table, store.length, store.valid, key, value, key_scale, value_scale, mask,
-            layer,
+            store.pool, store.scales, store.table, store.length, store.valid, key, value, key_scale,
+            value_scale, mask, layer,
         )  # fmt: skip
 
     def attend(
@@ -134,7 +142,7 @@ class Driver:
             ops.kv_seed(*state, block.tokens, layer, store.spec)
 
     def forward(self, block: Block, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """All layers of a forward pass, `[L, B, Hq, T, D]`; mask: `[B, tokens so far with these]`, 0 = padding."""
+        """All layers of a forward pass, `[L, B, Hq, T, D]`; mask: `[B, tokens with these]`, 0 = padding."""
         outputs = []
         self.store.begin_step(block.tokens)
         for layer in range(self.store.shape.num_layers):
@@ -158,7 +166,9 @@ class Driver:
         self.store.rows[layer] = garbage
         for sequence, groups in enumerate(positions):
             for group, chosen in enumerate(groups):
-                self.store.rows[layer, sequence, group, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+                self.store.rows[layer, sequence, group, : len(chosen)] = torch.tensor(
+                    chosen, dtype=torch.int32
+                )
                 self.store.counts[layer, sequence, group] = len(chosen)
 
 
@@ -184,3 +194,21 @@ def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
     """Equal within what `dtype` can hold."""
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(actual.double(), expected.double(), rtol=bound, atol=bound)
+
+
+def stored_rows(driver: Driver, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V `[Hkv, length, D]` float64 of one sequence, slot by slot through the table, scaled by hand."""
+    store = driver.store
+    tokens = int(store.length[layer])
+    out = torch.zeros((2, store.shape.kv_heads, tokens, store.shape.head_dim), dtype=torch.float64)
+    per_slot = store.shape.kv_heads // store.groups
+    for group in range(store.groups):
+        for position in range(tokens):
+            slot = int(store.table[layer, sequence, group, position])
+            for head in range(per_slot):
+                for part in range(2):
+                    row = store.pool[slot, part, head].double()
+                    if store.scales is not None:
+                        row = row * store.scales[slot, part, head].double()
+                    out[part, group * per_slot + head, position] = row
+    return out[0], out[1]

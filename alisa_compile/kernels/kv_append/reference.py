@@ -24,18 +24,23 @@ def kv_append(
     are read when T is 1, all of them otherwise, so that a turn may re-state the mask of its history. None leaves
     `valid` alone. The caller makes sure that `length + T <= C`.
     """
-    batch_size, _, new_tokens, head_dim = key.shape
-    groups, heads = table.shape[2], pool.shape[2]
+    new_tokens = key.shape[2]
     start = int(length[layer])
     end = start + new_tokens
-    slots = table[layer, :, :, start:end].long()
-    shape = (batch_size, groups, heads, new_tokens, head_dim)
-    pool[slots, 0] = key.reshape(shape).transpose(2, 3).to(pool.dtype)
-    pool[slots, 1] = value.reshape(shape).transpose(2, 3).to(pool.dtype)
+    slots = table[layer, :, :, start:end].reshape(-1).long()
+    pool.index_copy_(0, slots, _rows(key, value, table.shape[2], pool.dtype))
     if scales is not None and key_scale is not None and value_scale is not None:
-        scales[slots, 0] = key_scale.reshape(shape[:-1]).transpose(2, 3)
-        scales[slots, 1] = value_scale.reshape(shape[:-1]).transpose(2, 3)
+        scales.index_copy_(0, slots, _rows(key_scale, value_scale, table.shape[2], scales.dtype))
     if padding_mask is not None:
         first = start if new_tokens == 1 else 0
         valid[:, first:end] = padding_mask[:, first:end] != 0
     length[layer] = end
+
+
+def _rows(key: torch.Tensor, value: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[B, G * P, T, ...]` K and V as slots in the order of `table`: `[B * G * T, 2, P, ...]`."""
+    both = torch.stack((key, value), dim=1).to(dtype)
+    batch_size, _, kv_heads, new_tokens = both.shape[:4]
+    split = both.reshape(batch_size, 2, groups, kv_heads // groups, new_tokens, *both.shape[4:])
+    ordered = split.permute(0, 2, 4, 1, 3, *range(5, split.dim()))
+    return ordered.reshape(-1, 2, kv_heads // groups, *both.shape[4:])

@@ -9,12 +9,14 @@ def read_rows(
     pool: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of the given slots: slots `[B, G, T]` to two `[B, G * P, T, D]` tensors of `dtype`."""
-    index = slots.long()
-    taken = pool[index]
-    rows = taken.to(dtype) if scales is None else dequantize_row(taken, scales[index], dtype)
-    batch_size, groups, tokens, _, heads, head_dim = rows.shape
-    rows = rows.permute(3, 0, 1, 4, 2, 5).reshape(2, batch_size, groups * heads, tokens, head_dim)
-    return rows[0], rows[1]
+    batch_size, groups, tokens = slots.shape
+    heads, head_dim = pool.shape[2], pool.shape[3]
+    index = slots.reshape(-1)
+    taken = pool.index_select(0, index)
+    rows = taken.to(dtype) if scales is None else dequantize_row(taken, scales.index_select(0, index), dtype)
+    rows = rows.view(batch_size, groups, tokens, 2, heads, head_dim).permute(3, 0, 1, 4, 2, 5)
+    key, value = rows.reshape(2, batch_size, groups * heads, tokens, head_dim).unbind(0)
+    return key, value
 
 
 def kv_read(

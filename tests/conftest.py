@@ -1,0 +1,22 @@
+"""Each test starts without compiled code of another, and with the generate hook in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ALISA_CHECK", "1")  # every graph of every test goes through passes/spec.py
+
+import alisa_compile
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    alisa_compile.enable()
+    yield
