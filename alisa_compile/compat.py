@@ -24,6 +24,7 @@ __all__ = [
     "compile_eager",
     "compile_inductor",
     "generous_recompile_limit",
+    "load_cpp_library",
     "mark_dynamic",
     "optimized_module_backend",
     "post_grad_passes_with",
@@ -89,3 +90,14 @@ def symbolic_expression(value: Any) -> Any:
     """The sympy expression of a SymInt, or the integer itself: two sizes are the same symbol if these are equal."""
     return value.node.expr if isinstance(value, torch.SymInt) else value
 
+
+def load_cpp_library(source: str) -> Any:
+    """Compile C++ with Inductor's compiler, flags and cache directory, linked to torch; the loaded `ctypes.CDLL`."""
+    from torch._inductor.codecache import CppCodeCache
+
+    class Cache(CppCodeCache):
+        cache = {}  # noqa: RUF012  (as in torch: CppCodeCache's own holds libraries without these flags)
+        cpp_compile_command_flags = {"include_pytorch": True, "shared": True}  # noqa: RUF012
+
+    # Inductor turns both off because it vectorises by itself.
+    return Cache.load(source, extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))

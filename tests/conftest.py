@@ -13,6 +13,8 @@ os.environ.setdefault("ALISA_CHECK", "1")  # every graph of every test goes thro
 
 import alisa_compile
 
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits, for long if the machine is busy
+
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:

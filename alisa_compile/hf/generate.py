@@ -310,8 +310,10 @@ def _inputs_route(model: Any) -> Callable[..., Any]:
             inputs["attention_mask"] = torch.ones((tokens.shape[0], total), dtype=torch.int64, device=tokens.device)
         for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "token_type_ids"):
             tensor = inputs.get(name)
-            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[1] > 1:
-                compat.mark_dynamic(tensor, 1)
+            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:
+                inputs[name] = tensor = tensor.contiguous()  # strides are guarded too
+                if tensor.shape[1] > 1:
+                    compat.mark_dynamic(tensor, 1)
         return inputs
 
     return prepare

@@ -11,15 +11,24 @@ from typing import Any
 
 import torch
 
+from .native import native_first
+
 LIBRARY = torch.library.Library("alisa", "DEF")
 
 # These ops read a length on the host, so CUDA graph trees must run them outside a capture.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define one op for every device: `schema` without the namespace, its implementation and its shape function."""
+def define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, native: bool = False
+) -> None:
+    """Define one op for every device: `schema` without the namespace, its implementation and its shape function.
+
+    native: `native.cpp` has a kernel of it for CPU tensors.
+    """
     name = schema.split("(", 1)[0]
+    if native:
+        implementation = native_first(name, implementation)
     LIBRARY.define(schema, tags=_TAGS)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"alisa::{name}", fake, lib=LIBRARY)

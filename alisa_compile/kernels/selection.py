@@ -68,12 +68,13 @@ class SelectionSpec:
         """How many of a block's last attention rows seed the scores (the decayed sum is cut at four windows).
 
         capacity: given for a block on a history, whose window depends on a context that no shape tells: every row
-        that Algorithm 1 could sum while the context fits.
+        that Algorithm 1 could sum while the context fits. Never 1 for a block of several, because a compiler takes a
+        size of 1 for a constant, and one graph has to serve every prompt length.
         """
         if self.window:
             return _minimum(4 * self.window, query_length)
         context = query_length if capacity is None else capacity
-        return _minimum(self.local_rows(context + 1), query_length)
+        return _minimum(_maximum(self.local_rows(context + 1), 2), query_length)
 
     @property
     def decay(self) -> float:

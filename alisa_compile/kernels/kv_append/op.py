@@ -29,4 +29,5 @@ define(
     "Tensor value, Tensor? key_scale, Tensor? value_scale, Tensor? padding_mask, int layer) -> ()",
     kv_append,
     _fake,
+    native=True,
 )

@@ -30,4 +30,5 @@ define(
     "Tensor? rows, Tensor? counts, int layer, float scale) -> (Tensor, Tensor)",
     swa_attention,
     _fake,
+    native=True,
 )
