@@ -1,8 +1,8 @@
 """alisa: a `torch.compile` backend that generates through its own KV store.
 
-    model = torch.compile(model, backend="alisa", options={"sparsity": 0.8})
-    model.generate(...)
-    print(alisa_compile.report(model))
+model = torch.compile(model, backend="alisa", options={"sparsity": 0.8})
+model.generate(...)
+print(alisa_compile.report(model))
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def __getattr__(name: str) -> Any:
         try:
             from .hf.cache import AlisaCache
         except ModuleNotFoundError as error:
-            raise AlisaError("AlisaCache needs transformers", fix="pip install 'alisa-compile[hf]'") from error
+            raise AlisaError(
+                "AlisaCache needs transformers", fix="pip install 'alisa-compile[hf]'"
+            ) from error
         return AlisaCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

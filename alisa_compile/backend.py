@@ -47,8 +47,8 @@ def alisa(
         outcome.rewritten,
         len(outcome.skipped),
     )
-    for row in outcome.skipped:
-        logger.info("attention %s (layer %s) stays dense: %s", row.node, row.layer, row.reason)
+    for skip in outcome.skipped:
+        logger.info("attention %s (layer %s) stays dense: %s", skip.node, skip.layer, skip.reason)
     compiled = _compile(gm, example_inputs, config, mode)
     seconds = time.perf_counter() - started
     logger.info("compiled the %s graph in %.1f s", stage, seconds)
@@ -111,7 +111,7 @@ def _find_steps(gm: fx.GraphModule) -> list[tuple[int, int | None, int]]:
     """For each store in the graph: (argument index of its pool, index of the argument that is the number of new
     tokens or None, that number if it is a constant)."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    steps = {}
+    steps: dict[Any, tuple[int, int | None, int]] = {}
     for node in gm.graph.nodes:
         if not is_op(node, torch.ops.alisa.kv_append.default) or node.args[0] in steps:
             continue
@@ -149,5 +149,3 @@ def _stage(gm: fx.GraphModule) -> str:
         if is_op(node, torch.ops.alisa.kv_read.default):
             return str(node.args[11])
     return "other"
-
-

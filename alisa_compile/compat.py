@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch._dynamo
@@ -61,8 +61,7 @@ def compile_inductor(
     from torch._inductor.compile_fx import compile_fx
 
     options = dict(list_mode_options(mode)) if mode else {}
-    compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches={**options, **patches})
-    return compiled
+    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches={**options, **patches}))
 
 
 def compile_eager(gm: fx.GraphModule, example_inputs: list[Any], through_aot: bool) -> Callable[..., Any]:

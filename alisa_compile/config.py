@@ -97,7 +97,11 @@ class AlisaConfig:
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
-                hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else "see AlisaConfig's docstring"
+                hint = (
+                    f"did you mean {' or '.join(repr(n) for n in near)}?"
+                    if near
+                    else "see AlisaConfig's docstring"
+                )
                 raise ConfigError(f"unknown option {name!r}", expected=f"one of {', '.join(known)}", fix=hint)
         return cls(**options)
 
@@ -113,13 +117,20 @@ class AlisaConfig:
 
 
 def _number(name: str, value: object, expected: str, accepts: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not accepts(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not accepts(value)
+    ):
         raise ConfigError(f"option {name!r} is out of range", got=repr(value), expected=expected)
 
 
 def _integer(name: str, value: object, lowest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ConfigError(f"option {name!r} is out of range", got=repr(value), expected=f"an integer >= {lowest}")
+        raise ConfigError(
+            f"option {name!r} is out of range", got=repr(value), expected=f"an integer >= {lowest}"
+        )
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -127,9 +138,14 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), choices, n=1)
         fix = f"did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"option {name!r} has an unknown value", got=repr(value), expected=f"one of {', '.join(choices)}", fix=fix
+            f"option {name!r} has an unknown value",
+            got=repr(value),
+            expected=f"one of {', '.join(choices)}",
+            fix=fix,
         )
 
 
 def _not_available(name: str, value: object, fix: str) -> NotAvailableError:
-    return NotAvailableError(f"option {name!r} is not available yet with this value", got=repr(value), fix=fix)
+    return NotAvailableError(
+        f"option {name!r} is not available yet with this value", got=repr(value), fix=fix
+    )

@@ -48,7 +48,9 @@ def alisa_attention(
         )
         return out
     if dropout != 0.0:
-        raise AlisaError("AlisaCache is for inference", got="attention dropout", fix="call model.eval() first")
+        raise AlisaError(
+            "AlisaCache is for inference", got="attention dropout", fix="call model.eval() first"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_heads = _attend(layer, query, key, value, attention_mask, scale)
     return out_heads.transpose(1, 2).contiguous(), None
@@ -73,7 +75,16 @@ def _attend(
     valid = store.valid if padding_mask is not None or store.host_length else None
     if new_tokens == 1:
         out, mass = ops.swa_attention(
-            query, store.pool, store.scales, store.table, store.length, valid, store.rows, store.counts, index, scale
+            query,
+            store.pool,
+            store.scales,
+            store.table,
+            store.length,
+            valid,
+            store.rows,
+            store.counts,
+            index,
+            scale,
         )
     elif total == new_tokens:
         out, mass = ops.prefill_attention(query, key, value, padding_mask, store.groups, store.spec, scale)

@@ -35,7 +35,7 @@ class AlisaLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, kv_heads: int, head_dim: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self.owner: weakref.ref[AlisaCache] | None = None  # weak: a cache is freed as soon as nobody holds it
         self.store: TokenStore | None = None
@@ -74,7 +74,7 @@ class AlisaLayer(CacheLayerMixin):
             new_tokens = key_states.shape[2]
             stage = "decode" if new_tokens == 1 else ("extend" if store.has_history else "prefill")
             append(store, self.index, key_states, value_states, None)
-            return torch.ops.alisa.kv_read.default(
+            keys, values = torch.ops.alisa.kv_read.default(
                 store.pool,
                 store.scales,
                 store.table,
@@ -90,6 +90,7 @@ class AlisaLayer(CacheLayerMixin):
                 store.spec,
                 store.padded,
             )
+            return keys, values
         self._check_rows(store, key_states, value_states)
         return self._eager_update(store, key_states, value_states)
 
@@ -257,7 +258,9 @@ class AlisaCache(Cache):
     ) -> None:
         """Make the storage: `capacity` tokens per sequence (default `max_length`, else a small start that doubles)."""
         if self.is_allocated:
-            raise CacheError("this AlisaCache already has storage", fix="call reset() to empty it, or build a new one")
+            raise CacheError(
+                "this AlisaCache already has storage", fix="call reset() to empty it, or build a new one"
+            )
         if batch_size < 1:
             raise CacheError("batch_size is out of range", got=batch_size, expected="an integer >= 1")
         dtype = dtype or getattr(self.decoder_config, "dtype", None) or torch.get_default_dtype()

@@ -40,7 +40,9 @@ class Session:
     config: AlisaConfig
     forward: Callable[..., Any]
     graphs: dict[int, CompileRow] = dataclasses.field(default_factory=dict)
-    stores: list[TokenStore] = dataclasses.field(default_factory=list)  # of the latest call, kept for the next
+    stores: list[TokenStore] = dataclasses.field(
+        default_factory=list
+    )  # of the latest call, kept for the next
     holder: weakref.ref[AlisaCache] | None = None  # the cache that owns them, while anybody still has it
     announced: bool = False
     warned: set[str] = dataclasses.field(default_factory=set)
@@ -50,7 +52,7 @@ class Session:
 class _Call:
     """One running `generate`."""
 
-    model: GenerationMixin
+    model: Any  # a GenerationMixin
     session: Session
     cache: AlisaCache | None = None
 
@@ -78,13 +80,13 @@ def _is_ours(module: torch.nn.Module) -> bool:
 
 def enable() -> None:
     """Install the hook; importing `alisa_compile.hf` does it."""
-    compat.OptimizedModule.generate = GenerateDescriptor()
+    setattr(compat.OptimizedModule, "generate", GenerateDescriptor())  # noqa: B010  (not declared on the class)
 
 
 def disable() -> None:
     """Remove the hook: `generate` of compiled models is PyTorch's again (eager)."""
     if "generate" in vars(compat.OptimizedModule):
-        del compat.OptimizedModule.generate
+        delattr(compat.OptimizedModule, "generate")
 
 
 def session_of(module: torch.nn.Module) -> Session | None:
@@ -177,7 +179,11 @@ def _cache_route(model: Any) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def prepare(
-        generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         call = _active(model)
         if call is not None:
@@ -188,7 +194,12 @@ def _cache_route(model: Any) -> Callable[..., Any]:
 
 
 def _provide_cache(
-    call: _Call, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    call: _Call,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> None:
     """Put an AlisaCache for this request into `model_kwargs`, unless the request asks for something else."""
     given = model_kwargs.get("past_key_values")
@@ -307,7 +318,9 @@ def _inputs_route(model: Any) -> Callable[..., Any]:
         if inputs.get("attention_mask") is None:
             # Some models derive positions from a missing mask and the cache length, which breaks their graph.
             total = call.cache.get_seq_length() + tokens.shape[1]
-            inputs["attention_mask"] = torch.ones((tokens.shape[0], total), dtype=torch.int64, device=tokens.device)
+            inputs["attention_mask"] = torch.ones(
+                (tokens.shape[0], total), dtype=torch.int64, device=tokens.device
+            )
         for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "token_type_ids"):
             tensor = inputs.get(name)
             if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -35,7 +35,7 @@ class Refusal(Exception):
     """A rewrite does not apply; the message is the reason in the skip list. Never leaves a pass."""
 
 
-def example(node: fx.Node) -> Any:
+def example(node: Any) -> Any:
     """The fake value that Dynamo recorded for a node."""
     return node.meta.get("example_value", node.meta.get("val"))
 
@@ -45,12 +45,16 @@ def target_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def is_call(node: object, *names: str) -> bool:
+def is_call(node: object, *names: str) -> TypeGuard[fx.Node]:
     """Whether a node calls a function or method of one of these names."""
-    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and target_name(node) in names
+    return (
+        isinstance(node, fx.Node)
+        and node.op in ("call_function", "call_method")
+        and target_name(node) in names
+    )
 
 
-def is_op(node: object, *ops: Any) -> bool:
+def is_op(node: object, *ops: Any) -> TypeGuard[fx.Node]:
     """Whether a node calls one of these operator overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in ops
 

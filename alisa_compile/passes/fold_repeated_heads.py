@@ -38,14 +38,13 @@ def unrepeated(node: Any) -> fx.Node | None:
     insert = expand.args[0]
     if not is_call(insert, "getitem", "unsqueeze"):
         return None
-    source = insert.args[0]
+    source = insert.all_input_nodes[0]
     before, wide, after = example(source), example(expand), example(node)
     if before.dim() != 4 or wide.dim() != 5 or after.dim() != 4 or example(insert).dim() != 5:
         return None
     batch, heads, tokens, head_dim = before.shape
     inserted_third = example(insert).shape == (batch, heads, 1, tokens, head_dim)
     repeated = after.shape == (batch, heads * wide.shape[2], tokens, head_dim)
-    full_slices = not is_call(insert, "getitem") or all(
-        part is None or part == slice(None) for part in insert.args[1]
-    )
+    key = insert.args[1]
+    full_slices = not isinstance(key, tuple) or all(part is None or part == slice(None) for part in key)
     return source if inserted_third and repeated and full_slices else None

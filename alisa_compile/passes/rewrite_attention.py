@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from operator import getitem as _getitem
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -56,7 +56,7 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
         layer: int | None = None
         try:
             read = _read_behind(node)
-            site = ReadSite(*read.args)
+            site = ReadSite(*cast("tuple[Any, ...]", read.args))
             layer = site.layer
             append = _append_of(gm, site)
             padding = _check(node, site, append, order)
@@ -79,21 +79,25 @@ def _read_behind(node: fx.Node) -> fx.Node:
     """The `kv_read` whose two results are this attention's K and V."""
     if len(node.args) < 3:
         raise Refusal("query, key and value are not positional arguments")
-    sources = []
+    sources: list[fx.Node] = []
     for place, argument in enumerate(node.args[1:3]):
         if not (is_call(argument, "getitem") and is_op(argument.args[0], ops.kv_read.default)):
             raise Refusal("its K and V do not come from an AlisaCache")
         if argument.args[1] != place:
             raise Refusal("its K and V are swapped")
-        sources.append(argument.args[0])
+        sources.append(argument.all_input_nodes[0])
     if sources[0] is not sources[1]:
         raise Refusal("its K and V come from different layers of the cache")
-    return sources[0]  # type: ignore[no-any-return]
+    return sources[0]
 
 
 def _append_of(gm: fx.GraphModule, site: ReadSite) -> fx.Node:
     for node in gm.graph.nodes:
-        if is_op(node, ops.kv_append.default) and node.args[0] is site.pool and node.args[_APPEND_LAYER] == site.layer:
+        if (
+            is_op(node, ops.kv_append.default)
+            and node.args[0] is site.pool
+            and node.args[_APPEND_LAYER] == site.layer
+        ):
             return node
     raise Refusal("nothing appends to its layer of the cache")
 
@@ -179,5 +183,3 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
                 new_tokens = call(torch.ops.aten.sym_size.int, query, 2)
             call(ops.kv_seed.default, *state, new_tokens, site.layer, site.spec)
     return out
-
-

@@ -36,9 +36,10 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and str(n.target).startswith("alisa.")]
     for node in nodes:
-        returns = node.target._schema.returns  # type: ignore[union-attr]
-        if returns and example(node) is None:
-            raise GraphError(f"node {node.name} has no recorded value", fix="set meta['val'] where it is inserted")
+        if node.target._schema.returns and example(node) is None:
+            raise GraphError(
+                f"node {node.name} has no recorded value", fix="set meta['val'] where it is inserted"
+            )
     _check_appends(nodes, order)
     dense = [n for n in nodes if is_op(n, ops.kv_read.default) and n.users]
     left = {row.node for row in skipped}
@@ -51,7 +52,9 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
     attends = [n for n in nodes if is_op(n, *_ATTENTION)]
     scored = sum(is_op(n, *_SCORING) for n in nodes)
     if selects and scored != len(attends):
-        raise GraphError("not every attention is followed by its selection", got=scored, expected=len(attends))
+        raise GraphError(
+            "not every attention is followed by its selection", got=scored, expected=len(attends)
+        )
 
 
 def _check_appends(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
@@ -59,7 +62,9 @@ def _check_appends(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
     counts = Counter((n.args[0], n.args[_LAYER[ops.kv_append.default]]) for n in appends)
     for (pool, layer), count in counts.items():
         if count != 1:
-            raise GraphError(f"layer {layer} of {pool} is appended to {count} times in one step", expected="once")
+            raise GraphError(
+                f"layer {layer} of {pool} is appended to {count} times in one step", expected="once"
+            )
     place = {n.args[_LAYER[ops.kv_append.default]]: order[n] for n in appends}
     for node in nodes:
         if is_op(node, ops.swa_attention.default, ops.extend_attention.default, *_SCORING):

@@ -101,7 +101,10 @@ class Report:
         if not self.decode_ms:
             return {"p50": None, "p99": None}
         ordered = sorted(self.decode_ms)
-        return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]}
+        return {
+            "p50": statistics.median(ordered),
+            "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        }
 
     @property
     def recompiles(self) -> int:
@@ -123,7 +126,10 @@ class Report:
             *((f"peak bytes, {tier}", _bytes(count)) for tier, count in self.peak_bytes.items()),
             *((f"bytes per row, {tier}", f"{count} B") for tier, count in self.bytes_per_row.items()),
             ("bytes moved", "0 (everything fits)"),
-            ("step time, p50 / p99", "no decode step yet" if step["p50"] is None else f"{step['p50']:.2f} / {step['p99']:.2f} ms"),
+            (
+                "step time, p50 / p99",
+                "no decode step yet" if step["p50"] is None else f"{step['p50']:.2f} / {step['p99']:.2f} ms",
+            ),
             ("graphs compiled", _graphs(self.graphs)),
             ("recompiles", str(self.recompiles)),
             ("attention left dense", _skips(self.skipped)),

@@ -75,7 +75,9 @@ class TokenStore:
             leading = (shape.num_layers, shape.batch_size, groups)
             # One more than fits: a step that fills the store selects for the token that growth makes room for.
             ring, width = self.selection.score_rows(capacity + 1), self.selection.rows_capacity(capacity + 1)
-            self.scores = torch.zeros((*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device)
+            self.scores = torch.zeros(
+                (*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device
+            )
             self.rows = torch.zeros((*leading, width), dtype=torch.int32, device=device)
             self.counts = torch.full(leading, -1, dtype=torch.int32, device=device)
         reference = weakref.ref(self)
@@ -100,7 +102,16 @@ class TokenStore:
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that persists between steps."""
-        every = (self.pool, self.scales, self.table, self.length, self.valid, self.scores, self.rows, self.counts)
+        every = (
+            self.pool,
+            self.scales,
+            self.table,
+            self.length,
+            self.valid,
+            self.scores,
+            self.rows,
+            self.counts,
+        )
         return [tensor for tensor in every if tensor is not None]
 
     @property
@@ -177,7 +188,9 @@ class TokenStore:
         """Host work after the ops of a forward pass: lengths, statistics, and room for one more token."""
         self.host_length += new_tokens
         self.has_history = True
-        self.statistics.note_step(new_tokens, self.host_length, (time.perf_counter() - self._step_started) * 1e3)
+        self.statistics.note_step(
+            new_tokens, self.host_length, (time.perf_counter() - self._step_started) * 1e3
+        )
         if self.host_length >= self.capacity:
             self.reserve(self.host_length + 1)
 
