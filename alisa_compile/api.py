@@ -33,13 +33,14 @@ def report(model_or_cache: Any) -> Report:
                 "there is nothing to report", got=repr(model_or_cache), expected="an AlisaCache in use"
             )
     first = stores[0]
+    by_store = [store.sparsity_of_decode_steps() for store in stores]
     return Report(
         steps=first.statistics.steps,
         tokens=first.host_length,
         batch_size=first.shape.batch_size,
         capacity=first.capacity,
         sparsity=first.config.sparsity if first.selection else 0.0,
-        effective_sparsity=sum(store.effective_sparsity() for store in stores) / len(stores),
+        sparsity_by_step=tuple(sum(steps) / len(stores) for steps in zip(*by_store, strict=True)),
         peak_bytes={"device": sum(store.statistics.peak_bytes.get("device", 0) for store in stores)},
         bytes_per_row={"device": max(store.row.bytes_per_row * store.groups for store in stores)},
         graphs=tuple(first.statistics.graphs.values()),

@@ -17,9 +17,12 @@ from torch import fx
 from . import compat
 from .config import AlisaConfig
 from .errors import AlisaError
+from .passes import rewrite_static_buffers
 from .passes.base import example, is_op
 from .passes.pipeline import PIPELINE, run_pipeline
+from .passes.rewrite_static_buffers import BufferSite
 from .passes.uuid import FingerprintPass
+from .runtime.buffers import forget_scores, scores_of
 from .runtime.report import CompileRow
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ def alisa(
     """Compile one Dynamo graph. `mode` is Inductor's; `options` are those of `AlisaConfig`."""
     config = AlisaConfig.from_options(options)
     started = time.perf_counter()
+    gm = compat.copy_graph(gm)
     outcome = run_pipeline(gm, config)
     steps = _find_steps(gm)
     stage = _stage(gm)
@@ -49,13 +53,23 @@ def alisa(
     )
     for skip in outcome.skipped:
         logger.info("attention %s (layer %s) stays dense: %s", skip.node, skip.layer, skip.reason)
-    compiled = _compile(gm, example_inputs, config, mode)
+    sites = rewrite_static_buffers.sites(gm)
+    extra = [tensor for site in sites if site.scores_shape for tensor in _example_scores(site, example_inputs)]
+    compiled = _compile(gm, [*example_inputs, *extra], config, mode)
     seconds = time.perf_counter() - started
     logger.info("compiled the %s graph in %.1f s", stage, seconds)
     row = CompileRow(stage, outcome.rewritten, outcome.skipped, seconds)
     for listener in compile_listeners:
         listener(row)
-    return CompiledStep(compiled, steps, row)
+    return CompiledStep(compiled, steps, sites, row)
+
+
+def _example_scores(site: BufferSite, example_inputs: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    assert site.scores_shape is not None
+    device = example_inputs[site.buffer].device
+    return torch.zeros(site.scores_shape, dtype=site.dtype, device=device), torch.zeros(
+        1, dtype=torch.int64, device=device
+    )
 
 
 #: Called with the stage before each compilation and with a CompileRow after it; tools show progress so.
@@ -71,13 +85,20 @@ class CompiledStep:
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], steps: list[tuple[int, int | None, int]], row: CompileRow
+        self,
+        compiled: Callable[..., Any],
+        steps: list[tuple[int, int | None, int]],
+        sites: list[BufferSite],
+        row: CompileRow,
     ) -> None:
         self._compiled = compiled
         self._steps = steps
+        self._sites = sites
         self._row = row
 
     def __call__(self, *args: Any) -> Any:
+        if self._sites:
+            args = (*args, *self._buffer_scores(args))
         if not self._steps:
             return self._compiled(*args)
         entered = []
@@ -86,11 +107,25 @@ class CompiledStep:
             new_tokens = constant if source is None else int(args[source])
             store.begin_step(new_tokens)
             entered.append((store, new_tokens))
-        out = self._compiled(*args)
+        try:
+            out = self._compiled(*args)
+        except BaseException:
+            for store, _ in entered:
+                store.abort_step()
+            raise
         for store, new_tokens in entered:
             store.end_step(new_tokens)
             store.statistics.graphs.setdefault(id(self._row), self._row)
         return out
+
+    def _buffer_scores(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        scores: list[torch.Tensor] = []
+        for site in self._sites:
+            if site.scores_shape is None:
+                forget_scores(args[site.buffer])
+            else:
+                scores.extend(scores_of(args[site.buffer], site.scores_shape, site.dtype))
+        return scores
 
 
 def _compile(
@@ -140,6 +175,7 @@ def _stage(gm: fx.GraphModule) -> str:
     """What the graph does: decode, prefill, extend, or other (no AlisaCache in it)."""
     by_op = {
         torch.ops.alisa.swa_attention.default: "decode",
+        torch.ops.alisa.buffer_attention.default: "decode",
         torch.ops.alisa.prefill_attention.default: "prefill",
         torch.ops.alisa.extend_attention.default: "extend",
     }

@@ -23,9 +23,11 @@ __all__ = [
     "apply_graph_pass",
     "compile_eager",
     "compile_inductor",
+    "copy_graph",
     "generous_recompile_limit",
     "load_cpp_library",
     "mark_dynamic",
+    "name_input_source",
     "optimized_module_backend",
     "post_grad_passes_with",
     "symbolic_expression",
@@ -77,6 +79,26 @@ def post_grad_passes_with(own: CustomGraphPass) -> dict[str, Any]:
     present = inductor_config.post_grad_custom_post_pass
     others = () if present is None else tuple(present) if isinstance(present, (list, tuple)) else (present,)
     return {"post_grad_custom_post_pass": (*others, own) if others else own}
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph to rewrite: after the backend returns, Dynamo still reads its own graph's inputs."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for node, twin in copies.items():
+        if node.op == "placeholder":
+            twin._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def name_input_source(node: fx.Node) -> None:
+    """Give an added placeholder what AOTAutograd asks of every input of a Dynamo graph: where it comes from."""
+    from torch._dynamo.source import LocalSource
+
+    node._dynamo_source = LocalSource(node.name)  # type: ignore[attr-defined]
 
 
 def apply_graph_pass(gm: fx.GraphModule, name: str, run: Callable[[fx.GraphModule], T]) -> T | None:

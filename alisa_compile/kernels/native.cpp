@@ -262,8 +262,9 @@ struct Loader {
     } else if constexpr (std::is_same_v<Row, Half>) {
       return __builtin_convertvector(half_to_float<kLanes>(load<Vector<uint16_t, kLanes>>(row)), Lanes<Acc>);
     } else if constexpr (std::is_same_v<Row, int8_t>) {
-      auto wide = __builtin_convertvector((load<Vector<int8_t, kLanes>>(row)), Vector<int32_t, kLanes>);
-      return __builtin_convertvector(wide, Lanes<Acc>);
+      // In two steps: gcc 12 converts int8 to int32 element by element.
+      auto wide = __builtin_convertvector((load<Vector<int8_t, kLanes>>(row)), Vector<int16_t, kLanes>);
+      return __builtin_convertvector(__builtin_convertvector(wide, Vector<int32_t, kLanes>), Lanes<Acc>);
     } else {
       return __builtin_convertvector((load<Vector<Row, kLanes>>(row)), Lanes<Acc>);
     }
@@ -626,12 +627,11 @@ void attend_block(const Attended& attended, int64_t block, int64_t head, const A
                partial.weights + done * kBlockRows};
     left -= done;
   };
-  for (; left >= 4; step(4)) attend_heads<Row, Acc, 4>(keys, values, ks, vs, count, query, problem, partial);
-  if (left >= 2) {
-    attend_heads<Row, Acc, 2>(keys, values, ks, vs, count, query, problem, partial);
-    step(2);
+  if constexpr (std::is_same_v<Acc, float>) {  // float64 models are for tests: they do without the larger kernels
+    for (; left >= 4; step(4)) attend_heads<Row, Acc, 4>(keys, values, ks, vs, count, query, problem, partial);
+    for (; left >= 2; step(2)) attend_heads<Row, Acc, 2>(keys, values, ks, vs, count, query, problem, partial);
   }
-  if (left == 1) attend_heads<Row, Acc, 1>(keys, values, ks, vs, count, query, problem, partial);
+  for (; left >= 1; step(1)) attend_heads<Row, Acc, 1>(keys, values, ks, vs, count, query, problem, partial);
 }
 
 struct AttentionCall {
@@ -641,7 +641,28 @@ struct AttentionCall {
   Tensor &out, &mass;
 };
 
-template <class Row, class Acc>
+template <class Acc>
+using BlockFunction = void (*)(const Attended&, int64_t, int64_t, const Acc*, const Problem<Acc>&, Partial<Acc>);
+
+template <class Acc>
+BlockFunction<Acc> block_function(Type rows) {
+  switch (rows) {
+    case Type::kFloat:
+      return attend_block<float, Acc>;
+    case Type::kDouble:
+      return attend_block<double, Acc>;
+    case Type::kBFloat16:
+      return attend_block<BFloat16, Acc>;
+    case Type::kHalf:
+      return attend_block<Half, Acc>;
+    case Type::kInt8:
+      return attend_block<int8_t, Acc>;
+    default:
+      throw std::runtime_error("alisa: unsupported dtype of the store");
+  }
+}
+
+template <class Acc>
 void attend(const AttentionCall& call) {
   constexpr int kLanes = kLanesOf<Acc>;
   const int64_t batch = call.table.size[1], groups = call.table.size[2], capacity = call.table.size[3];
@@ -688,10 +709,11 @@ void attend(const AttentionCall& call) {
     Acc* base = partials + ((b * kv_heads + head) * blocks + block) * unit_size;
     return {base, base + ratio, base + 2 * ratio, base + 2 * ratio + ratio * padded};
   };
+  const BlockFunction<Acc> attend_one = block_function<Acc>(call.pool.type);
   parallel(units, batch * query_heads * longest * dim, [&](int64_t unit) {
     const int64_t block = unit % blocks, head = unit / blocks % kv_heads, b = unit / blocks / kv_heads;
-    attend_block<Row, Acc>(attended(b, head / heads), block, head % heads,
-                           query + (b * query_heads + head * ratio) * padded, problem, partial_of(b, head, block));
+    attend_one(attended(b, head / heads), block, head % heads, query + (b * query_heads + head * ratio) * padded,
+               problem, partial_of(b, head, block));
   });
 
   // Combine the blocks of each (sequence, group) in order.
@@ -744,25 +766,6 @@ void attend(const AttentionCall& call) {
   });
 }
 
-template <class Acc>
-void attend_rows(const AttentionCall& call) {
-  switch (call.pool.type) {
-    case Type::kFloat:
-      return attend<float, Acc>(call);
-    case Type::kDouble:
-      return attend<double, Acc>(call);
-    case Type::kBFloat16:
-      return attend<BFloat16, Acc>(call);
-    case Type::kHalf:
-      return attend<Half, Acc>(call);
-    case Type::kInt8:
-      require(static_cast<bool>(call.scales), "alisa: an int8 store needs scales");
-      return attend<int8_t, Acc>(call);
-    default:
-      throw std::runtime_error("alisa: unsupported dtype of the store");
-  }
-}
-
 void swa_attention(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   Tensor query = arguments.tensor();
@@ -786,12 +789,13 @@ void swa_attention(StableIValue* stack, uint64_t, uint64_t) {
   require(query.dim == 4 && query.size[2] == 1 && query.size[3] == pool.size[3] &&
               query.size[1] % (table.size[2] * pool.size[2]) == 0,
           "alisa: the query does not have the shape of a decode step over this store");
+  require((pool.type == Type::kInt8) == static_cast<bool>(scales), "alisa: int8 rows need scales, others have none");
   const bool wide = query.type == Type::kDouble;
   Tensor out = empty({query.size[0], query.size[1], 1, query.size[3]}, query.type);
   Tensor mass = empty({table.size[1], table.size[2], rows && counts ? table.size[3] : 0},
                       wide ? Type::kDouble : Type::kFloat);
   const AttentionCall call{query, pool, scales, table, valid, rows, counts, layer, tokens, scale, out, mass};
-  wide ? attend_rows<double>(call) : attend_rows<float>(call);
+  wide ? attend<double>(call) : attend<float>(call);
   stack[0] = result(std::move(out));
   stack[1] = result(std::move(mass));
 }

@@ -64,6 +64,12 @@ def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.target is torch.nn.functional.scaled_dot_product_attention]
 
 
+def kv_origins(node: fx.Node) -> list[fx.Node]:
+    """What an attention's K and V are read from, looking through getitem."""
+    operands = [argument for argument in node.args[1:3] if isinstance(argument, fx.Node)]
+    return [operand.all_input_nodes[0] if is_call(operand, "getitem") else operand for operand in operands]
+
+
 def insert_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """Insert a call at the graph's insertion point, with a fake value and the origin of the node it stands for."""
     node = graph.call_function(target, args)

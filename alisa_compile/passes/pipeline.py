@@ -11,12 +11,13 @@ from torch import fx
 from .. import compat
 from ..config import AlisaConfig
 from ..runtime.report import SkipRow
-from . import fold_repeated_heads, rewrite_attention, spec
+from . import fold_repeated_heads, rewrite_attention, rewrite_static_buffers, spec
 from .base import GraphPass, PassResult
 
 PIPELINE: tuple[GraphPass, ...] = (
     GraphPass("alisa_fold_repeated_heads", fold_repeated_heads.run),
     GraphPass("alisa_rewrite_attention", rewrite_attention.run),
+    GraphPass("alisa_static_buffers", rewrite_static_buffers.run),
 )
 
 
@@ -29,7 +30,7 @@ class PipelineResult:
     @property
     def rewritten(self) -> int:
         """Attention nodes that became `alisa::` ops."""
-        return sum(result.rewritten for result in self.passes if result.name == "alisa_rewrite_attention")
+        return sum(result.rewritten for result in self.passes if result.name != "alisa_fold_repeated_heads")
 
     @property
     def skipped(self) -> tuple[SkipRow, ...]:

@@ -18,7 +18,7 @@ from torch import fx
 
 from ..config import AlisaConfig
 from ..runtime.report import SkipRow
-from .base import PassResult, Refusal, attention_nodes, example, insert_call, is_call, is_op
+from .base import PassResult, Refusal, attention_nodes, example, insert_call, is_call, is_op, kv_origins
 from .causal_mask import CausalMask, prove_causal
 
 ops = torch.ops.alisa
@@ -53,6 +53,8 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     masked_stores: set[fx.Node] = set()
     for node in attention_nodes(gm):
+        if not any(is_op(origin, ops.kv_read.default) for origin in kv_origins(node)):
+            continue  # another pass knows what its K and V are
         layer: int | None = None
         try:
             read = _read_behind(node)

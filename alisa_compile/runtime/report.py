@@ -34,13 +34,14 @@ class RunStatistics:
     def __init__(self, graphs: dict[int, CompileRow] | None = None) -> None:
         self.graphs: dict[int, CompileRow] = {} if graphs is None else graphs
         self.decode_ms: list[float] = []
+        self.decode_lengths: list[int] = []
         self.prefill_ms: list[float] = []
         self.steps = 0
         self.peak_bytes: dict[str, int] = {}
 
     def restart(self) -> None:
         """Forget the steps; graphs and peaks stay."""
-        self.decode_ms, self.prefill_ms, self.steps = [], [], 0
+        self.decode_ms, self.decode_lengths, self.prefill_ms, self.steps = [], [], [], 0
 
     def note_bytes(self, tier: str, nbytes: int) -> None:
         """Remember the peak of a tier."""
@@ -49,7 +50,11 @@ class RunStatistics:
     def note_step(self, new_tokens: int, length: int, elapsed_ms: float) -> None:
         """One forward pass has run. On a GPU the time is that of the launch, not of the kernels."""
         self.steps += 1
-        (self.decode_ms if new_tokens == 1 else self.prefill_ms).append(elapsed_ms)
+        if new_tokens == 1:
+            self.decode_ms.append(elapsed_ms)
+            self.decode_lengths.append(length)
+        else:
+            self.prefill_ms.append(elapsed_ms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Report:
     batch_size: int
     capacity: int
     sparsity: float
-    effective_sparsity: float
+    sparsity_by_step: tuple[float, ...]
     peak_bytes: dict[str, int]
     bytes_per_row: dict[str, int]
     graphs: tuple[CompileRow, ...]
@@ -81,6 +86,7 @@ class Report:
             "capacity": self.capacity,
             "sparsity": self.sparsity,
             "effective_sparsity": self.effective_sparsity,
+            "effective_sparsity_by_step": list(self.sparsity_by_step),
             "peak_bytes": dict(self.peak_bytes),
             "budget_bytes": {"device": None, "host": None, "disk": 0},
             "bytes_per_row": dict(self.bytes_per_row),
@@ -94,6 +100,11 @@ class Report:
             "predicted_step_ms": None,
             "skipped": [dataclasses.asdict(row) for row in self.skipped],
         }
+
+    @property
+    def effective_sparsity(self) -> float:
+        """Share of past rows left out, averaged over the decode steps and layers, dense refresh rows included."""
+        return statistics.fmean(self.sparsity_by_step) if self.sparsity_by_step else 0.0
 
     @property
     def step_ms(self) -> dict[str, float | None]:
@@ -122,7 +133,7 @@ class Report:
             ("phase", "I (all KV on the device)"),
             ("forward passes", f"{self.steps} ({len(self.decode_ms)} decode steps), batch {self.batch_size}"),
             ("tokens stored", f"{self.tokens} of {self.capacity} per sequence"),
-            ("sparsity", f"{self.sparsity:.0%} asked, {self.effective_sparsity:.1%} at the last step"),
+            ("sparsity", f"{self.sparsity:.0%} asked, {self.effective_sparsity:.1%} on average, refresh included"),
             *((f"peak bytes, {tier}", _bytes(count)) for tier, count in self.peak_bytes.items()),
             *((f"bytes per row, {tier}", f"{count} B") for tier, count in self.bytes_per_row.items()),
             ("bytes moved", "0 (everything fits)"),

@@ -194,6 +194,15 @@ class TokenStore:
         if self.host_length >= self.capacity:
             self.reserve(self.host_length + 1)
 
+    def abort_step(self) -> None:
+        """A forward pass failed half-way: forget its tokens, and attend to everything in the next step.
+
+        Layers that had finished hold a row too many, and a working set chosen for a token that is not there.
+        """
+        self.length.fill_(self.host_length)
+        if self.counts is not None:
+            self.counts.fill_(-1)
+
     def effective_sparsity(self) -> float:
         """Share of past rows that the coming step leaves out, averaged over layers, sequences and groups."""
         if self.counts is None or self.host_length == 0:
@@ -201,7 +210,18 @@ class TokenStore:
         kept = torch.where(self.counts < 0, self.host_length + 1, self.counts).double().mean()
         return 1 - float(kept) / (self.host_length + 1)
 
-    @property
-    def policy(self) -> SelectionSpec | None:
-        """The selection in use; None = dense."""
-        return self.selection
+    def sparsity_of_decode_steps(self) -> list[float]:
+        """Share of rows left out in each decode step so far, averaged over layers; computed from the policy alone.
+
+        Padding is not subtracted: in a padded batch the shorter rows keep a little less.
+        """
+        if self.selection is None:
+            return [0.0] * len(self.statistics.decode_lengths)
+        return [self._sparsity_at(length) for length in self.statistics.decode_lengths]
+
+    def _sparsity_at(self, length: int) -> float:
+        assert self.selection is not None
+        layers = self.shape.num_layers
+        dense = sum(self.selection.is_refresh_step(length, layer) for layer in range(layers))
+        kept = self.selection.local_rows(length) + self.selection.dynamic_rows(length)
+        return (layers - dense) / layers * (1 - kept / length)

@@ -59,7 +59,7 @@ class Pool:
 
     @classmethod
     def allocate(cls, tier: Tier, shape: RowShape, num_slots: int, device: torch.device) -> Pool:
-        """Zeroed, so that a dense read of positions not written yet is finite: `rows [N, 2, P, D]`, `scales [N, 2, P]`."""
+        """`rows [N, 2, P, D]`, `scales [N, 2, P]`; zeroed, so that a dense read of unwritten positions is finite."""
         rows = torch.zeros(
             (num_slots, 2, shape.heads_per_slot, shape.head_dim), dtype=shape.stored_dtype, device=device
         )

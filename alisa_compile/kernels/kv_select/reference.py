@@ -44,7 +44,7 @@ def kv_select(
             state *= policy.decay ** (16 * policy.window)
         state[:, :, 0] += row * policy.decay**-exponent
     else:
-        _write_ring(state, row.unsqueeze(2), _valid_tokens(valid, tokens, mass), own)
+        write_ring(state, row.unsqueeze(2), _valid_tokens(valid, tokens, mass), own)
     _choose(scores, rows, counts, tokens, valid, layer, policy)
 
 
@@ -74,7 +74,7 @@ def kv_seed(
         padded = torch.zeros((*mass.shape[:3], state.shape[-1]), dtype=mass.dtype, device=mass.device)
         padded[..., :columns] = mass
         own = _valid_tokens(valid, tokens, mass) - _valid_tokens(valid, tokens - new_tokens, mass)
-        _write_ring(state, padded, _valid_tokens(valid, tokens, mass), own)
+        write_ring(state, padded, _valid_tokens(valid, tokens, mass), own)
     _choose(scores, rows, counts, tokens, valid, layer, policy)
 
 
@@ -85,7 +85,7 @@ def _valid_tokens(valid: torch.Tensor | None, tokens: int, like: torch.Tensor) -
     return valid[:, :tokens].sum(-1)
 
 
-def _write_ring(
+def write_ring(
     ring: torch.Tensor, new_rows: torch.Tensor, valid_tokens: torch.Tensor, own: torch.Tensor
 ) -> None:
     """Put T attention rows `[B, G, T, C]`, newest last, where the j-th real token of a sequence has row j mod R.
@@ -102,7 +102,7 @@ def _write_ring(
     ring.scatter_(2, index, torch.where(written, new_rows, ring.gather(2, index)))
 
 
-def _ranking(state: torch.Tensor, valid_tokens: torch.Tensor, policy: SelectionSpec) -> torch.Tensor:
+def ranking_of(state: torch.Tensor, valid_tokens: torch.Tensor, policy: SelectionSpec) -> torch.Tensor:
     """The score of every position, `[B, G, C]`: larger is kept first."""
     if policy.window:
         return state[:, :, 0]
@@ -130,30 +130,38 @@ def _choose(
         counts[layer] = ALL_ROWS
         return
     state = scores[layer]
-    valid_tokens = _valid_tokens(valid, tokens, state)
-    length = valid_tokens + 1  # per sequence: padding is no context
-    local, dynamic = policy.local_rows(length), policy.dynamic_rows(length)
-    sinks = dynamic.clamp_max(policy.sinks)
     if valid is None:
         real = torch.ones((state.shape[0], following), dtype=torch.bool, device=state.device)
     else:
         real = F.pad(valid[:, :tokens], (0, 1), value=True)
-    rank = real.long().cumsum(-1) - 1
-    is_local = real & (rank >= (length - local)[:, None])
-    is_sink = real & (rank < sinks[:, None]) & ~is_local
-    candidates = real & ~is_local & ~is_sink
     # The coming token needs no score, and has no column when it is the first past the capacity.
-    ranking = F.pad(_ranking(state, valid_tokens, policy)[..., :tokens], (0, 1))
-    ranking = ranking.masked_fill(~candidates[:, None], float("-inf"))
-    # A stable ascending sort leaves equal scores in order of position, so its tail prefers the larger position.
-    order = ranking.argsort(dim=-1, stable=True)
-    place = torch.arange(following, device=state.device) >= (following - (dynamic - sinks))[:, None]
-    chosen = torch.zeros_like(ranking, dtype=torch.bool)
-    chosen.scatter_(-1, order, place[:, None].expand_as(chosen))
-    chosen = (chosen & candidates[:, None]) | (is_local | is_sink)[:, None]
+    ranking = F.pad(ranking_of(state, _valid_tokens(valid, tokens, state), policy)[..., :tokens], (0, 1))
+    chosen = working_set(ranking, real, policy)
     width = min(rows.shape[-1], following)
     ascending = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :width]
     kept = chosen.sum(-1)
     padding = torch.arange(width, device=state.device) >= kept.unsqueeze(-1)
     rows[layer, :, :, :width] = ascending.masked_fill(padding, 0).to(rows.dtype)
     counts[layer] = kept.to(counts.dtype)
+
+
+def working_set(ranking: torch.Tensor, real: torch.Tensor, policy: SelectionSpec) -> torch.Tensor:
+    """The positions to attend to, `[B, G, T]` bool: sinks, the most recent, and the top-ranked others.
+
+    ranking: `[B, G, T]`; real: `[B, T]` bool, the last real position of a sequence being its current token.
+    """
+    length = real.sum(-1)  # per sequence: padding is no context
+    local, dynamic = policy.local_rows(length), policy.dynamic_rows(length)
+    sinks = dynamic.clamp_max(policy.sinks)
+    rank = real.long().cumsum(-1) - 1
+    is_local = real & (rank >= (length - local)[:, None])
+    is_sink = real & (rank < sinks[:, None]) & ~is_local
+    candidates = real & ~is_local & ~is_sink
+    ranking = ranking.masked_fill(~candidates[:, None], float("-inf"))
+    # A stable ascending sort leaves equal scores in order of position, so its tail prefers the larger position.
+    order = ranking.argsort(dim=-1, stable=True)
+    positions = ranking.shape[-1]
+    place = torch.arange(positions, device=ranking.device) >= (positions - (dynamic - sinks))[:, None]
+    chosen = torch.zeros_like(ranking, dtype=torch.bool)
+    chosen.scatter_(-1, order, place[:, None].expand_as(chosen))
+    return (chosen & candidates[:, None]) | (is_local | is_sink)[:, None]
