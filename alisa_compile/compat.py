@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 __all__ = [
+    "BUILTIN_PAD",
     "CustomGraphPass",
     "OptimizedModule",
     "apply_graph_pass",
@@ -25,15 +26,21 @@ __all__ = [
     "compile_inductor",
     "copy_graph",
     "generous_recompile_limit",
+    "is_higher_order",
+    "is_written",
     "load_cpp_library",
     "mark_dynamic",
     "name_input_source",
     "optimized_module_backend",
     "post_grad_passes_with",
+    "schemas_of",
+    "storage_id",
     "symbolic_expression",
 ]
 
 T = TypeVar("T")
+
+BUILTIN_PAD = torch._C._nn.pad  # what Dynamo records for `F.pad`
 
 
 def optimized_module_backend(module: torch.nn.Module) -> tuple[Any, dict[str, Any]]:
@@ -110,6 +117,30 @@ def apply_graph_pass(gm: fx.GraphModule, name: str, run: Callable[[fx.GraphModul
 def symbolic_expression(value: Any) -> Any:
     """The sympy expression of a SymInt, or the integer itself: two sizes are the same symbol if these are equal."""
     return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory; also for fake tensors, which have no data pointer."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def schemas_of(target: Any) -> list[Any]:
+    """The schemas that a call of a `torch.ops` target may have; none for other callables and for methods."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name)._schema for name in target.overloads()]
+    return []
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether a call runs graphs of its own (`cond`, checkpointing, user Triton kernels)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def is_written(argument: Any) -> bool:
+    """Whether a schema declares that an argument is mutated."""
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def load_cpp_library(source: str) -> Any:

@@ -70,6 +70,7 @@ class AlisaLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         store = self.store
         assert store is not None
+        self._check_rows(store, key_states, value_states)
         if torch.compiler.is_compiling():
             new_tokens = key_states.shape[2]
             stage = "decode" if new_tokens == 1 else ("extend" if store.has_history else "prefill")
@@ -91,7 +92,6 @@ class AlisaLayer(CacheLayerMixin):
                 store.padded,
             )
             return keys, values
-        self._check_rows(store, key_states, value_states)
         return self._eager_update(store, key_states, value_states)
 
     def _eager_update(
@@ -224,10 +224,11 @@ class AlisaCache(Cache):
         self.stores: list[TokenStore] = []
         for layer in self.managed_layers:
             layer.owner = weakref.ref(self)
-        if not self.managed_layers:
+        reason = why_unmanaged(self.decoder_config, self.layers)
+        if reason is not None:
             raise CacheError(
                 "this model has no full-attention layer that AlisaCache could hold",
-                got=f"model type {self.decoder_config.model_type!r} with layers {sorted({type(x).__name__ for x in self.layers})}",
+                got=reason,
                 fix="use transformers' own cache for this model",
             )
         if batch_size is not None:
@@ -361,6 +362,26 @@ def _build_layers(config: PreTrainedConfig) -> list[Any]:
         if shape is not None:
             layers[index] = AlisaLayer(*shape)
     return layers
+
+
+def why_unmanaged(config: PreTrainedConfig, layers: list[Any] | None = None) -> str | None:
+    """Why an AlisaCache would hold no layer of a model that has attention; None if it holds one.
+
+    A model without any attention is an error: there is nothing that this package could do for it.
+    """
+    layers = layers or _build_layers(config.get_text_config(decoder=True))
+    if any(isinstance(layer, AlisaLayer) for layer in layers):
+        return None
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+    cache = Cache(layers=layers)
+    if all(linear or dummy for linear, dummy in zip(cache.is_linear, cache.is_dummy, strict=True)):
+        raise CacheError(
+            "this model has no attention layer, so there is no KV cache to manage",
+            got=f"model type {config.model_type!r} with cache layers {kinds}",
+            expected="a model with at least one full-attention layer",
+            fix='compile it with another backend, such as torch.compile(model, backend="inductor")',
+        )
+    return f"no layer of {config.model_type!r} is plain full attention (its cache layers: {kinds})"
 
 
 def _kv_shape(config: Any) -> tuple[int, int] | None:

@@ -28,7 +28,7 @@ from ..config import AlisaConfig
 from ..errors import CacheError
 from ..runtime.report import CompileRow
 from ..runtime.store import TokenStore
-from .cache import AlisaCache
+from .cache import AlisaCache, why_unmanaged
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +54,22 @@ class _Call:
 
     model: Any  # a GenerationMixin
     session: Session
+    prepared: bool = False  # its cache has been chosen; the next to ask for one is an eager generate inside it
     cache: AlisaCache | None = None
+
+
+@dataclasses.dataclass
+class _Installation:
+    """The routes of one original model: how many calls run through them, and the attributes they replaced."""
+
+    replaced: dict[str, Any]
+    depth: int = 0
 
 
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
 _current: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("alisa_generate", default=None)
 _lock = threading.RLock()
-_installed: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+_installed: weakref.WeakKeyDictionary[torch.nn.Module, _Installation] = weakref.WeakKeyDictionary()
 
 
 class GenerateDescriptor:
@@ -70,7 +79,8 @@ class GenerateDescriptor:
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None or not _is_ours(module):
             raise AttributeError("generate")
-        return functools.partial(generate, module)
+        # Taken now: somebody may wrap what they get here and assign it back, which lands on the original model.
+        return functools.partial(generate, module, module._orig_mod.generate)
 
 
 def _is_ours(module: torch.nn.Module) -> bool:
@@ -101,8 +111,8 @@ def release(module: torch.nn.Module) -> None:
         session.stores, session.holder = [], None
 
 
-def generate(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """`GenerationMixin.generate` of the original model, compiled."""
+def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The original model's `generate`, compiled."""
     model = module._orig_mod
     with _lock:
         session = _sessions.get(module)
@@ -113,7 +123,7 @@ def generate(module: Any, *args: Any, **kwargs: Any) -> Any:
     token = _current.set(call)
     try:
         with _routed(model), compat.generous_recompile_limit():
-            return model.generate(*args, **kwargs)
+            return original(*args, **kwargs)
     finally:
         _current.reset(token)
 
@@ -138,22 +148,30 @@ def _routed(model: Any) -> Iterator[None]:
     The routes look at a context variable, so a thread that runs the original model meanwhile is not affected.
     """
     with _lock:
-        depth = _installed.get(model, 0)
-        _installed[model] = depth + 1
-        if depth == 0:
-            model._compiled_call_impl = _forward_route(model, model._compiled_call_impl)
-            model._prepare_cache_for_generation = _cache_route(model)
-            model.prepare_inputs_for_generation = _inputs_route(model)
+        installation = _installed.get(model)
+        if installation is None:
+            routes = {
+                "_compiled_call_impl": _forward_route(model, model._compiled_call_impl),
+                "_prepare_cache_for_generation": _cache_route(model),
+                "prepare_inputs_for_generation": _inputs_route(model),
+            }
+            installation = _Installation({name: vars(model)[name] for name in routes if name in vars(model)})
+            _installed[model] = installation
+            for name, route in routes.items():
+                setattr(model, name, route)
+        installation.depth += 1
     try:
         yield
     finally:
         with _lock:
-            _installed[model] -= 1
-            if _installed[model] == 0:
+            installation.depth -= 1
+            if installation.depth == 0:
                 del _installed[model]
-                model._compiled_call_impl = model._compiled_call_impl.previous
-                del model._prepare_cache_for_generation
-                del model.prepare_inputs_for_generation
+                for name in ("_compiled_call_impl", "_prepare_cache_for_generation", "prepare_inputs_for_generation"):
+                    if name in installation.replaced:
+                        setattr(model, name, installation.replaced[name])
+                    else:
+                        delattr(model, name)
 
 
 def _active(model: Any) -> _Call | None:
@@ -165,12 +183,16 @@ def _forward_route(model: Any, previous: Callable[..., Any] | None) -> Callable[
     plain = model._call_impl if previous is None else previous
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        # Dynamo comes here too, where the user calls the compiled model itself during a generate; what it reads of the
+        # context now must not end up in its graph.
+        if torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
         call = _active(model)
-        if call is None:
+        # A logits processor may run the original model with a cache of its own: that stays eager.
+        if call is None or (call.cache is not None and kwargs.get("past_key_values") is not call.cache):
             return plain(*args, **kwargs)
         return call.session.forward(model, *args, **kwargs)
 
-    forward.previous = previous  # type: ignore[attr-defined]
     return forward
 
 
@@ -186,7 +208,8 @@ def _cache_route(model: Any) -> Callable[..., Any]:
         max_cache_length: int,
     ) -> Any:
         call = _active(model)
-        if call is not None:
+        if call is not None and not call.prepared:
+            call.prepared = True
             _provide_cache(call, generation_config, model_kwargs, mode, batch_size, max_cache_length)
         return original(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
@@ -225,7 +248,8 @@ def _provide_cache(
         for tensor, dim in store.dynamic_dimensions():
             compat.mark_dynamic(tensor, dim)
     call.cache = given
-    call.session.stores, call.session.holder = given.stores, weakref.ref(given)
+    with _lock:
+        call.session.stores, call.session.holder = given.stores, weakref.ref(given)
     if not call.session.announced:
         call.session.announced = True
         logger.info(
@@ -254,16 +278,21 @@ def _reason_to_stay_out(model: Any, given: Any, generation_config: Any, mode: An
         return f"{name.replace('_', ' ')} is not available yet with AlisaCache"
     if given is None and generation_config.is_assistant:
         return "an assistant model has to roll its cache back"
-    return None
+    if given is None and not model._supports_default_dynamic_cache():
+        return "this model keeps its state in a cache class of its own"
+    return None if given is not None else why_unmanaged(model.config)
 
 
 def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
     """A new cache, on the storage of the previous call if nobody holds that any more and it fits."""
     model, session = call.model, call.session
     cache = AlisaCache(model.config, **dataclasses.asdict(session.config))
-    stores, session.stores = session.stores, []
-    free = session.holder is None or session.holder() is None
-    if free and stores and stores[0].shape.fits(sequences, model.dtype, model.device):
+    with _lock:  # two threads must not take the same storage
+        stores, session.stores = session.stores, []
+        free = session.holder is None or session.holder() is None
+    # The latest cache may have been the user's, with other options.
+    usable = free and bool(stores) and stores[0].config == session.config
+    if usable and stores[0].shape.fits(sequences, model.dtype, model.device):
         for store in stores:
             store.reset()
             store.reserve(capacity)

@@ -19,9 +19,7 @@ LIBRARY = torch.library.Library("alisa", "DEF")
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-def define(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, native: bool = False
-) -> None:
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, native: bool = False) -> None:
     """Define one op for every device: `schema` without the namespace, its implementation and its shape function.
 
     native: `native.cpp` has a kernel of it for CPU tensors.

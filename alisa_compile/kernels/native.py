@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..compat import load_cpp_library
+from alisa_compile.compat import load_cpp_library  # absolute: mypy also sees this folder as `kernels`
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ def _try_register() -> bool:
     except Exception as error:  # whatever a broken toolchain may raise must not stop a model that can run without it
         reason = str(error).strip().splitlines() or [""]
         logger.warning(
-            "CPU kernels could not be built, so the slower plain-torch versions are used (%s: %s). A C++ compiler on the "
-            "PATH or in CXX makes decoding several times faster; ALISA_NATIVE=0 silences this.",
+            "CPU kernels could not be built, so the slower plain-torch versions are used (%s: %s). A C++ compiler "
+            "on the PATH or in CXX makes decoding several times faster; ALISA_NATIVE=0 silences this.",
             type(error).__name__,
             reason[0],
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
+from .. import compat
 from ..config import AlisaConfig
 from ..runtime.report import SkipRow
 
@@ -68,6 +71,81 @@ def kv_origins(node: fx.Node) -> list[fx.Node]:
     """What an attention's K and V are read from, looking through getitem."""
     operands = [argument for argument in node.args[1:3] if isinstance(argument, fx.Node)]
     return [operand.all_input_nodes[0] if is_call(operand, "getitem") else operand for operand in operands]
+
+
+_OPTIONAL_PLACES = {"attn_mask": 3, "dropout_p": 4, "is_causal": 5}
+
+
+def attention_option(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An optional argument of `scaled_dot_product_attention`, given by name or by position."""
+    place = _OPTIONAL_PLACES.get(name, len(node.args))
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in (
+        "setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
+    ).split()
+)
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The values that a call may write to; Dynamo's graphs are not functional. Names rather too many than too few."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    schemas = compat.schemas_of(node.target)
+    if schemas:
+        places = {p for schema in schemas for p, a in enumerate(schema.arguments) if compat.is_written(a)}
+        names = {a.name for schema in schemas for a in schema.arguments if compat.is_written(a)}
+        given = [node.args[place] for place in places if place < len(node.args)]
+        return _nodes_in([*given, *(node.kwargs[name] for name in names if name in node.kwargs)])
+    if compat.is_higher_order(node.target):
+        return list(node.all_input_nodes)
+    name = target_name(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = in_place or node.target in _IN_PLACE_OPERATORS or name.startswith("__i") or name == "__setitem__"
+    in_place = in_place or node.kwargs.get("inplace", False) is not False
+    if getattr(node.target, "__module__", None) == "torch.nn.functional":
+        in_place = in_place or any(argument is True for argument in node.args)  # F.relu(x, True)
+    return _nodes_in([*(node.args[:1] if in_place else ()), node.kwargs.get("out")])
+
+
+def _nodes_in(arguments: list[Any]) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return found
+
+
+class Writes:
+    """Where a graph writes to memory, views included: two values share memory if their fake tensors share storage."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order = {node: place for place, node in enumerate(graph.nodes)}
+        self._places: defaultdict[int, list[int]] = defaultdict(list)
+        for node, place in self.order.items():
+            for value in written_by(node):
+                for memory in _memory_of(value):
+                    self._places[memory].append(place)
+
+    def between(self, value: fx.Node, start: fx.Node | None, end: fx.Node | None) -> bool:
+        """Whether the memory of `value` is written to after `start` (None: from the beginning) and before `end`."""
+        first = -1 if start is None else self.order[start]
+        last = len(self.order) if end is None else self.order[end]
+        return any(first < place < last for memory in _memory_of(value) for place in self._places[memory])
+
+
+def _memory_of(node: fx.Node) -> Iterator[int]:
+    value = example(node)
+    for part in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(part, torch.Tensor):
+            yield compat.storage_id(part)
+
+
+def drop_unused(gm: fx.GraphModule) -> None:
+    """Remove values without users. `eliminate_dead_code` alone would also remove statements such as `x.add_(1)`."""
+    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or bool(written_by(node)))
+    gm.recompile()
 
 
 def insert_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:

@@ -8,19 +8,29 @@ is guessed from names or from example values.
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .base import Refusal, example, target_name
+from ..compat import BUILTIN_PAD, symbolic_expression
+from .base import Refusal, Writes, example, target_name
+
+Size = Any  # an int, or the sympy expression of a symbolic size
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """An integer tensor: the element's position along dimension `axis` (counted from the right) plus offsets."""
+    """An integer tensor: the element's position along dimension `axis` (counted from the right) plus offsets.
+
+    size: positions counted. A dimension of size 1 may be broadcast later, and then no longer counts anything, so every
+    size is compared with the finished mask's.
+    """
 
     axis: int
+    size: Size
     constant: int = 0
     scalars: tuple[fx.Node, ...] = ()
 
@@ -44,6 +54,8 @@ class PaddingAt:
     """`Padding` looked up at (sequence, key position): `[B, 1, 1, K]`."""
 
     source: fx.Node
+    sequences: Size
+    keys: Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +64,8 @@ class Causal:
 
     constant: int
     scalars: tuple[fx.Node, ...]
+    queries: Size
+    keys: Size
 
 
 Condition = Causal | PaddingAt
@@ -60,7 +74,10 @@ Value = Index | Scalar | Padding | frozenset[Condition] | int
 
 @dataclasses.dataclass(frozen=True)
 class CausalMask:
-    """The result of a proof: attention to all key positions up to `offset` + row, minus padding."""
+    """The result of a proof: attention to all key positions up to `offset` + row, minus padding.
+
+    The values of `offset` and `padding` are those at the start of the graph.
+    """
 
     offset: tuple[fx.Node, ...]
     constant: int
@@ -69,14 +86,34 @@ class CausalMask:
 
 def prove_causal(mask: fx.Node) -> CausalMask:
     """The structure of a `[B, 1, Q, K]` mask; raises `Refusal` with the reason if it is not causal plus padding."""
-    conditions = _evaluate(mask, {})
-    if not isinstance(conditions, frozenset):
+    known: dict[fx.Node, Value] = {}
+    conditions = _evaluate(mask, known)
+    if not isinstance(conditions, frozenset) or example(mask).dtype != torch.bool:
         raise Refusal(f"its mask '{mask.name}' is not boolean")
     causal = [c for c in conditions if isinstance(c, Causal)]
     padding = [c for c in conditions if isinstance(c, PaddingAt)]
     if len(causal) != 1 or len(padding) > 1:
         raise Refusal(f"its mask '{mask.name}' is not causal plus padding (found {_describe(conditions)})")
-    return CausalMask(causal[0].scalars, causal[0].constant, padding[0].source if padding else None)
+    shape = [symbolic_expression(size) for size in example(mask).shape]
+    counted = [(causal[0].queries, -2), (causal[0].keys, -1)]
+    counted += [pair for c in padding for pair in ((c.sequences, -4), (c.keys, -1))]
+    if len(shape) != 4 or any(shape[axis] != size for size, axis in counted):
+        raise Refusal("its mask repeats one position along a dimension")
+    source = padding[0].source if padding else None
+    _refuse_writes(mask, known, source)
+    return CausalMask(causal[0].scalars, causal[0].constant, source)
+
+
+def _refuse_writes(mask: fx.Node, known: dict[fx.Node, Value], padding: fx.Node | None) -> None:
+    """The evaluation above takes every value to be what it was when it was made; in-place writes would break that."""
+    writes = Writes(mask.graph)
+    for node in known:
+        for read in node.all_input_nodes:
+            if writes.between(read, None, node):
+                raise Refusal(f"its mask reads '{read.name}' after the graph has written to it")
+    for node in (mask, *([] if padding is None else [padding])):
+        if writes.between(node, None, None):
+            raise Refusal(f"the graph writes to '{node.name}', which its mask is made of")
 
 
 def _evaluate(node: Any, known: dict[fx.Node, Value]) -> Value:
@@ -96,11 +133,15 @@ def _unknown_size() -> int:
 def _apply(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     if node.op == "placeholder":
         return _input(node)
-    name = target_name(node)
-    handler = _HANDLERS.get(name)
-    if handler is None or node.op not in ("call_function", "call_method"):
-        raise Refusal(f"its mask uses '{name}', which is not part of a causal or padding mask")
-    return handler(node, known)
+    rule = None
+    if node.op in ("call_function", "call_method"):
+        rule = (_FUNCTIONS if node.op == "call_function" else _METHODS).get(node.target)
+    if rule is None:
+        raise Refusal(f"its mask uses '{target_name(node)}', which is not part of a causal or padding mask")
+    known_call = rule.fewest <= len(node.args) <= rule.most and node.kwargs.keys() <= rule.keywords
+    if not known_call or not isinstance(example(node), torch.Tensor):
+        raise Refusal(f"its mask calls '{target_name(node)}' with arguments that are not understood")
+    return rule.handler(node, known)
 
 
 def _input(node: fx.Node) -> Value:
@@ -114,30 +155,39 @@ def _input(node: fx.Node) -> Value:
     raise Refusal(f"its mask depends on the input '{node.name}'")
 
 
+def _counts(dtype: torch.dtype) -> bool:
+    """Whether positions keep their values in this dtype."""
+    return dtype in (torch.int32, torch.int64)
+
+
 def _arange(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
-    ends = [a for a in node.args if a is not None]
-    if len(ends) != 1 or node.kwargs.get("start", 0) != 0 or node.kwargs.get("step", 1) != 1:
-        raise Refusal("its mask counts positions from elsewhere than 0")
-    return Index(axis=-1)
+    if not _counts(example(node).dtype):
+        raise Refusal(f"its mask counts positions in {example(node).dtype}")
+    return Index(-1, symbolic_expression(example(node).shape[0]))
 
 
 def _same(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
-    """to, expand, contiguous, clone: the values stay where they are, counted from the right."""
-    return _evaluate(node.args[0], known)
+    """expand, contiguous, clone: the values stay where they are, counted from the right."""
+    value = _evaluate(node.args[0], known)
+    if isinstance(value, Padding) and target_name(node) == "expand":
+        raise Refusal("its mask repeats the padding mask")
+    return value
 
 
 def _cast(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     value = _evaluate(node.args[0], known)
-    result = example(node)
-    if isinstance(value, (Index, Scalar)) and (result.dtype == torch.bool or result.dtype.is_floating_point):
-        raise Refusal(f"its mask converts positions to {result.dtype}")
-    if isinstance(value, frozenset) and result.dtype != torch.bool:
-        raise Refusal(f"its mask is additive ({result.dtype}), not boolean")
+    before, after = example(node.args[0]).dtype, example(node).dtype
+    if isinstance(value, (Index, Scalar)) and not _counts(after):
+        raise Refusal(f"its mask converts positions to {after}")
+    if isinstance(value, frozenset) and after != torch.bool:
+        raise Refusal(f"its mask is additive ({after}), not boolean")
+    if isinstance(value, Padding) and after not in (torch.bool, before):
+        raise Refusal(f"its mask converts the padding mask to {after}")
     return value
 
 
 def _add(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
-    left, right = (_evaluate(arg, known) for arg in node.args[:2])
+    left, right = (_evaluate(arg, known) for arg in node.args)
     if not isinstance(left, Index):
         left, right = right, left
     if not isinstance(left, Index) or not isinstance(right, (Scalar, int)):
@@ -148,7 +198,7 @@ def _add(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
 
 
 def _compare(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
-    left, right = (_evaluate(arg, known) for arg in node.args[:2])
+    left, right = (_evaluate(arg, known) for arg in node.args)
     if target_name(node) in ("ge", "gt"):
         left, right = right, left
     strict = target_name(node) in ("lt", "gt")
@@ -156,13 +206,15 @@ def _compare(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
         raise Refusal("its mask compares something else than key positions with query positions")
     if left.scalars or left.constant:
         raise Refusal("its mask shifts the key positions")
-    return frozenset({Causal(right.constant - int(strict), right.scalars)})
+    return frozenset({Causal(right.constant - int(strict), right.scalars, right.size, left.size)})
 
 
 def _and(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
-    left, right = (_evaluate(arg, known) for arg in node.args[:2])
+    left, right = (_evaluate(arg, known) for arg in node.args)
     if not (isinstance(left, frozenset) and isinstance(right, frozenset)):
         raise Refusal("its mask combines something else than conditions")
+    if any(example(arg).dtype != torch.bool for arg in node.args):
+        raise Refusal("its mask combines the bits of numbers, not conditions")
     return left | right
 
 
@@ -185,15 +237,16 @@ def _pad(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
 
 def _getitem(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     source, key = node.args[0], node.args[1]
-    if isinstance(source, fx.Node) and source.op == "placeholder" and isinstance(key, int):
-        if example(source).dim() == 1 and not example(source).dtype.is_floating_point:
+    if isinstance(source, fx.Node) and source.op == "placeholder" and type(key) is int:
+        value = example(source)
+        if isinstance(value, torch.Tensor) and value.dim() == 1 and _counts(value.dtype):
             return Scalar(node)
         raise Refusal(f"its mask reads an element of '{source.name}'")
     value = _evaluate(source, known)
     if isinstance(value, Index):
         return _reshape_index(value, key, example(source).dim())
     if isinstance(value, Padding):
-        return _look_up(value, key, known)
+        return _look_up(value, source, key, known)
     raise Refusal("its mask slices a condition")
 
 
@@ -207,17 +260,23 @@ def _reshape_index(value: Index, key: Any, dims: int) -> Index:
     return dataclasses.replace(value, axis=place - len(keys))
 
 
-def _look_up(value: Padding, key: Any, known: dict[fx.Node, Value]) -> Value:
+def _look_up(value: Padding, source: Any, key: Any, known: dict[fx.Node, Value]) -> Value:
     """`mask[batch_index, key_index]`, and the same with the mask's own dimensions unsqueezed."""
     if not (isinstance(key, tuple) and len(key) == 2):
         keys = key if isinstance(key, tuple) else (key,)
         if keys == (slice(None), None, None, slice(None)):
-            return frozenset({PaddingAt(value.source)})
+            sequences, positions = (symbolic_expression(size) for size in example(source).shape)
+            return frozenset({PaddingAt(value.source, sequences, positions)})
         raise Refusal("its mask indexes the padding mask in an unknown way")
     batch, position = (_evaluate(part, known) for part in key)
-    if batch != Index(axis=-4) or position != Index(axis=-1):
+    if not (_is_plain(batch, -4) and _is_plain(position, -1)):
         raise Refusal("its mask looks up padding at other positions than the keys'")
-    return frozenset({PaddingAt(value.source)})
+    assert isinstance(batch, Index) and isinstance(position, Index)
+    return frozenset({PaddingAt(value.source, batch.size, position.size)})
+
+
+def _is_plain(value: Value, axis: int) -> bool:
+    return isinstance(value, Index) and (value.axis, value.constant, value.scalars) == (axis, 0, ())
 
 
 def _describe(conditions: frozenset[Condition]) -> str:
@@ -225,21 +284,41 @@ def _describe(conditions: frozenset[Condition]) -> str:
     return " and ".join(names) or "no condition"
 
 
-_HANDLERS = {
-    "arange": _arange,
-    "to": _cast,
-    "bool": _cast,
-    "expand": _same,
-    "contiguous": _same,
-    "clone": _same,
-    "add": _add,
-    "le": _compare,
-    "lt": _compare,
-    "ge": _compare,
-    "gt": _compare,
-    "and_": _and,
-    "logical_and": _and,
-    "new_ones": _all_true,
-    "pad": _pad,
-    "getitem": _getitem,
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """How to evaluate a call, and the calls it understands: any other argument may change the meaning."""
+
+    handler: Callable[[fx.Node, dict[fx.Node, Value]], Value]
+    fewest: int = 1
+    most: int = 1
+    keywords: frozenset[str] = frozenset()
+
+
+_ANY = 99
+_FACTORY = frozenset({"dtype", "device", "layout", "pin_memory", "requires_grad"})
+_LAYOUT = frozenset({"memory_format"})
+_COMPARE, _BOTH, _SUM = _Rule(_compare, 2, 2), _Rule(_and, 2, 2), _Rule(_add, 2, 2)
+_FUNCTIONS: dict[Any, _Rule] = {
+    torch.arange: _Rule(_arange, keywords=_FACTORY),
+    torch.clone: _Rule(_same, keywords=_LAYOUT),
+    torch.nn.functional.pad: _Rule(_pad, 2, 4, frozenset({"mode", "value"})),
+    BUILTIN_PAD: _Rule(_pad, 2, 4, frozenset({"mode", "value"})),
+    operator.getitem: _Rule(_getitem, 2, 2),
+    operator.add: _SUM,
+    torch.add: _SUM,
+    operator.and_: _BOTH,
+    torch.logical_and: _BOTH,
+    torch.bitwise_and: _BOTH,
+    **{getattr(module, name): _COMPARE for module in (operator, torch) for name in ("le", "lt", "ge", "gt")},
+}
+_METHODS: dict[Any, _Rule] = {
+    "to": _Rule(_cast, 1, _ANY, frozenset({"dtype", "device", "non_blocking", "copy"}) | _LAYOUT),
+    "bool": _Rule(_cast, keywords=_LAYOUT),
+    "expand": _Rule(_same, 1, _ANY),
+    "contiguous": _Rule(_same, keywords=_LAYOUT),
+    "clone": _Rule(_same, keywords=_LAYOUT),
+    "add": _SUM,
+    "logical_and": _BOTH,
+    "new_ones": _Rule(_all_true, 1, _ANY, _FACTORY | {"size"}),
+    **dict.fromkeys(("le", "lt", "ge", "gt"), _COMPARE),
 }

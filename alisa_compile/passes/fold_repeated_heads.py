@@ -10,22 +10,33 @@ from typing import Any
 from torch import fx
 
 from ..config import AlisaConfig
-from .base import PassResult, attention_nodes, example, is_call
+from .base import PassResult, Writes, attention_nodes, example, is_call
 
 
 def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
     """Fold every attention whose K and V are both repeated."""
     result = PassResult("alisa_fold_repeated_heads")
+    writes = Writes(gm.graph)
     for node in attention_nodes(gm):
         if len(node.args) < 3:
             continue
-        key, value = unrepeated(node.args[1]), unrepeated(node.args[2])
-        if key is None or value is None:
+        key, value = (_unwritten(argument, node, writes) for argument in node.args[1:3])
+        if key is None or value is None or example(key).shape[1] != example(value).shape[1]:
             continue
+        if example(node.args[0]).shape[1] != example(node.args[1]).shape[1]:
+            continue  # one query head broadcast over all
         node.args = (node.args[0], key, value, *node.args[3:])
         node.kwargs = {**node.kwargs, "enable_gqa": True}
         result.rewritten += 1
     return result
+
+
+def _unwritten(node: Any, user: fx.Node, writes: Writes) -> fx.Node | None:
+    """`unrepeated`, unless the copy or its source is changed in place before it is used."""
+    source = unrepeated(node)
+    if source is None or writes.between(source, source, user) or writes.between(node, source, user):
+        return None
+    return source
 
 
 def unrepeated(node: Any) -> fx.Node | None:
@@ -36,7 +47,7 @@ def unrepeated(node: Any) -> fx.Node | None:
     if not is_call(expand, "expand"):
         return None
     insert = expand.args[0]
-    if not is_call(insert, "getitem", "unsqueeze"):
+    if not is_call(insert, "getitem", "unsqueeze") or not _only_views(insert):
         return None
     source = insert.all_input_nodes[0]
     before, wide, after = example(source), example(expand), example(node)
@@ -45,6 +56,13 @@ def unrepeated(node: Any) -> fx.Node | None:
     batch, heads, tokens, head_dim = before.shape
     inserted_third = example(insert).shape == (batch, heads, 1, tokens, head_dim)
     repeated = after.shape == (batch, heads * wide.shape[2], tokens, head_dim)
+    same_dtype = before.dtype == after.dtype  # view() also reinterprets bytes
+    return source if inserted_third and repeated and same_dtype else None
+
+
+def _only_views(insert: fx.Node) -> bool:
+    """Indexing with `None` and full slices keeps every element in its place; the shape tells the rest."""
+    if is_call(insert, "unsqueeze"):
+        return True
     key = insert.args[1]
-    full_slices = not isinstance(key, tuple) or all(part is None or part == slice(None) for part in key)
-    return source if inserted_third and repeated and full_slices else None
+    return isinstance(key, tuple) and all(part is None or part == slice(None) for part in key)

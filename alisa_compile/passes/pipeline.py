@@ -12,7 +12,7 @@ from .. import compat
 from ..config import AlisaConfig
 from ..runtime.report import SkipRow
 from . import fold_repeated_heads, rewrite_attention, rewrite_static_buffers, spec
-from .base import GraphPass, PassResult
+from .base import GraphPass, PassResult, attention_nodes
 
 PIPELINE: tuple[GraphPass, ...] = (
     GraphPass("alisa_fold_repeated_heads", fold_repeated_heads.run),
@@ -40,18 +40,30 @@ class PipelineResult:
 
 def run_pipeline(gm: fx.GraphModule, config: AlisaConfig) -> PipelineResult:
     """Run every pass in place. A pass named in TORCHINDUCTOR_DISABLED_PASSES is left out."""
-    results = []
+    results: list[PassResult] = []
+    off: list[str] = []
     check = os.environ.get("ALISA_CHECK") == "1"
     for graph_pass in PIPELINE:
         started = time.perf_counter()
         result = compat.apply_graph_pass(gm, graph_pass.name, lambda m, p=graph_pass: p.run(m, config))  # type: ignore[misc]
         if result is None:
+            off.append(graph_pass.name)
             continue
         result.seconds = time.perf_counter() - started
         results.append(result)
         if check:
             gm.graph.lint()
+    if off:
+        results.append(_left_by(off, gm, results))
     outcome = PipelineResult(tuple(results))
     if check:
         spec.check(gm, outcome.skipped)
     return outcome
+
+
+def _left_by(off: list[str], gm: fx.GraphModule, results: list[PassResult]) -> PassResult:
+    """A reason for each attention that is dense because passes were switched off."""
+    explained = {row.node for result in results for row in result.skipped}
+    reason = f"switched off: {', '.join(off)}"
+    rows = [SkipRow(node.name, None, reason) for node in attention_nodes(gm) if node.name not in explained]
+    return PassResult("switched_off", skipped=rows)

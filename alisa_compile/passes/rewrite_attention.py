@@ -16,9 +16,22 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from ..compat import symbolic_expression
 from ..config import AlisaConfig
 from ..runtime.report import SkipRow
-from .base import PassResult, Refusal, attention_nodes, example, insert_call, is_call, is_op, kv_origins
+from .base import (
+    PassResult,
+    Refusal,
+    Writes,
+    attention_nodes,
+    attention_option,
+    drop_unused,
+    example,
+    insert_call,
+    is_call,
+    is_op,
+    kv_origins,
+)
 from .causal_mask import CausalMask, prove_causal
 
 ops = torch.ops.alisa
@@ -50,8 +63,8 @@ class ReadSite:
 def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
     """Rewrite each attention that can be proved equal; say why for each that cannot."""
     result = PassResult("alisa_rewrite_attention")
-    order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    masked_stores: set[fx.Node] = set()
+    writes = Writes(gm.graph)
+    paddings: dict[fx.Node, fx.Node | None] = {}  # of each store with padding, by its `valid`
     for node in attention_nodes(gm):
         if not any(is_op(origin, ops.kv_read.default) for origin in kv_origins(node)):
             continue  # another pass knows what its K and V are
@@ -61,10 +74,12 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
             site = ReadSite(*cast("tuple[Any, ...]", read.args))
             layer = site.layer
             append = _append_of(gm, site)
-            padding = _check(node, site, append, order)
-            if padding is not None and site.valid not in masked_stores:
-                append.update_arg(_APPEND_MASK, padding)
-                masked_stores.add(site.valid)
+            padding = _check(node, site, append, writes)
+            if site.padded:
+                if paddings.setdefault(site.valid, padding) is not padding:
+                    raise Refusal("its mask has another padding mask than that of the layers before")
+                if padding is not None and not any(a.args[_APPEND_MASK] for a in _appends(gm, site.valid)):
+                    append.update_arg(_APPEND_MASK, padding)
             with gm.graph.inserting_before(node):
                 out = _emit(gm.graph, node, site, padding)
             node.replace_all_uses_with(out)
@@ -72,8 +87,7 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
             result.rewritten += 1
         except Refusal as refusal:
             result.skipped.append(SkipRow(node.name, layer, str(refusal)))
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
+    drop_unused(gm)
     return result
 
 
@@ -93,58 +107,82 @@ def _read_behind(node: fx.Node) -> fx.Node:
     return sources[0]
 
 
+def _appends(gm: fx.GraphModule, valid: fx.Node) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if is_op(n, ops.kv_append.default) and n.args[_APPEND_VALID] is valid]
+
+
 def _append_of(gm: fx.GraphModule, site: ReadSite) -> fx.Node:
-    for node in gm.graph.nodes:
-        if (
-            is_op(node, ops.kv_append.default)
-            and node.args[0] is site.pool
-            and node.args[_APPEND_LAYER] == site.layer
-        ):
-            return node
-    raise Refusal("nothing appends to its layer of the cache")
+    found = [n for n in _appends(gm, site.valid) if n.args[_APPEND_LAYER] == site.layer]
+    if not found:
+        raise Refusal("nothing appends to its layer of the cache")
+    if len(found) > 1:
+        raise Refusal("its layer of the cache is appended to more than once in a step")
+    return found[0]
 
 
-def _check(node: fx.Node, site: ReadSite, append: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
+def _check(node: fx.Node, site: ReadSite, append: fx.Node, writes: Writes) -> fx.Node | None:
     """Everything that must hold for the rewrite; returns the padding mask to apply, if any."""
     query, key = example(node.args[0]), example(site.key)
     if query.dim() != 4 or query.shape[2] != key.shape[2]:
         raise Refusal("its query is not the new tokens' alone (cross attention)")
-    if node.kwargs.get("dropout_p", 0.0) != 0.0:
+    if query.shape[0] != key.shape[0]:
+        raise Refusal("its query has another batch size than its K and V")
+    if attention_option(node, "dropout_p", 0.0) != 0.0:
         raise Refusal("it uses dropout (training mode)")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         raise Refusal("gradients are enabled; call it under torch.no_grad() or torch.inference_mode()")
-    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
-    is_causal = node.kwargs.get("is_causal", False)
+    if not isinstance(node.kwargs.get("scale"), (int, float, type(None))):
+        raise Refusal("its scale is computed in the graph")
+    operands = [o for o in node.args[1:3] if isinstance(o, fx.Node)]
+    if any(writes.between(value, append, node) for value in (*operands, site.key, site.value)):
+        raise Refusal("its K or V is written to after it was stored")
+    mask = attention_option(node, "attn_mask")
+    is_causal = attention_option(node, "is_causal", False)
     if mask is None:
-        if site.stage == "prefill" and not is_causal:
+        if site.stage == "prefill" and is_causal is not True:
             raise Refusal("it is not causal (bidirectional attention over the prompt)")
+        if site.stage == "decode" and is_causal is not False:
+            raise Refusal("is_causal on a single query attends to the first position only")
         if site.stage == "extend":
             raise Refusal("it has no mask although new tokens follow a history")
         return None
-    if is_causal:
+    if is_causal is not False:
         raise Refusal("it combines a mask with is_causal")
-    if not isinstance(mask, fx.Node) or example(mask).dim() != 4 or example(mask).shape[1] != 1:
+    if not isinstance(mask, fx.Node):
+        raise Refusal("its mask is not a tensor of the graph")
+    if example(mask).dim() != 4:
+        raise Refusal(f"its mask has {example(mask).dim()} dimensions instead of 4")
+    if example(mask).shape[1] != 1:
         raise Refusal("its mask differs between heads")
     proved = prove_causal(mask)
-    _check_offset(proved, site, append, order)
-    if not site.padded or proved.padding is None:
-        return None
-    if order[proved.padding] > order[append]:
-        raise Refusal("its padding mask is computed after K and V are stored")
-    return proved.padding
+    _check_sizes(mask, proved, query, example(node.args[1]))
+    _check_offset(proved, site)
+    return proved.padding if site.padded else None
 
 
-def _check_offset(proved: CausalMask, site: ReadSite, append: fx.Node, order: dict[fx.Node, int]) -> None:
-    """The first query must stand right after the history: at 0 in a prefill, else at the layer's length."""
+def _check_sizes(mask: fx.Node, proved: CausalMask, query: torch.Tensor, key: torch.Tensor) -> None:
+    """A mask whose only row or column is broadcast over all queries or keys is another mask than was proved."""
+    batch, _, queries, keys = (symbolic_expression(size) for size in example(mask).shape)
+    if (queries, keys) != (symbolic_expression(query.shape[2]), symbolic_expression(key.shape[2])):
+        raise Refusal("its mask repeats one position along a dimension")
+    if proved.padding is None:
+        return
+    if {batch, symbolic_expression(example(proved.padding).shape[0])} != {symbolic_expression(query.shape[0])}:
+        raise Refusal("its padding mask is for another batch size")
+
+
+def _check_offset(proved: CausalMask, site: ReadSite) -> None:
+    """The first query must stand right after the history: at 0 in a prefill, else at the layer's length.
+
+    All layers of a store have one length between steps, so an offset may come from any of them.
+    """
     if proved.constant != 0:
         raise Refusal(f"its mask is causal with a shift of {proved.constant}")
     if not proved.offset:
         if site.stage == "prefill":
             return
         raise Refusal("its mask does not count the history")
-    offset = proved.offset[0]
-    reads_length = offset.args[0] is site.length and order[offset] < order[append]
-    if len(proved.offset) != 1 or not reads_length:
+    if len(proved.offset) != 1 or proved.offset[0].args[0] is not site.length:
         raise Refusal("its mask counts positions from something else than the cache's length")
 
 

@@ -10,18 +10,18 @@ from torch import fx
 
 from ..errors import GraphError
 from ..runtime.report import SkipRow
-from .base import attention_nodes, example, is_op
+from .base import attention_nodes, example, is_call, is_op
 
 ops = torch.ops.alisa
 _ATTENTION = (ops.swa_attention.default, ops.prefill_attention.default, ops.extend_attention.default)
 _SCORING = (ops.kv_select.default, ops.kv_seed.default)
-_LAYER = {
-    ops.kv_append.default: 10,
-    ops.swa_attention.default: 8,
-    ops.extend_attention.default: 6,
-    ops.kv_select.default: 6,
-    ops.kv_seed.default: 7,
-    ops.kv_read.default: 10,
+_MASS = 3  # argument of the scoring ops
+_LENGTH_AND_LAYER = {  # arguments that say which store and which of its layers
+    ops.kv_append.default: (3, 10),
+    ops.swa_attention.default: (4, 8),
+    ops.extend_attention.default: (4, 6),
+    ops.kv_select.default: (4, 6),
+    ops.kv_seed.default: (4, 7),
 }
 
 
@@ -48,26 +48,44 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
             raise GraphError(f"attention {node.name} is dense without a reason in the skip list")
     if dense and not left:
         raise GraphError(f"{dense[0].name} is used although no attention was skipped")
-    selects = any(is_op(n, *_SCORING) for n in nodes)
-    attends = [n for n in nodes if is_op(n, *_ATTENTION)]
-    scored = sum(is_op(n, *_SCORING) for n in nodes)
-    if selects and scored != len(attends):
-        raise GraphError(
-            "not every attention is followed by its selection", got=scored, expected=len(attends)
-        )
+    _check_scoring(nodes)
+
+
+def _site(node: fx.Node) -> tuple[object, object]:
+    length, layer = _LENGTH_AND_LAYER[node.target]  # type: ignore[index]
+    return node.args[length], node.args[layer]
 
 
 def _check_appends(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
     appends = [n for n in nodes if is_op(n, ops.kv_append.default)]
-    counts = Counter((n.args[0], n.args[_LAYER[ops.kv_append.default]]) for n in appends)
-    for (pool, layer), count in counts.items():
+    for (length, layer), count in Counter(map(_site, appends)).items():
         if count != 1:
             raise GraphError(
-                f"layer {layer} of {pool} is appended to {count} times in one step", expected="once"
+                f"layer {layer} of {length} is appended to {count} times in one step", expected="once"
             )
-    place = {n.args[_LAYER[ops.kv_append.default]]: order[n] for n in appends}
+    place = {_site(n): order[n] for n in appends}
     for node in nodes:
         if is_op(node, ops.swa_attention.default, ops.extend_attention.default, *_SCORING):
-            layer = node.args[_LAYER[node.target]]  # type: ignore[index]
-            if layer not in place or order[node] < place[layer]:
-                raise GraphError(f"{node.name} reads layer {layer} before its append")
+            site = _site(node)
+            if site not in place or order[node] < place[site]:
+                raise GraphError(f"{node.name} reads layer {site[1]} before its append")
+
+
+def _check_scoring(nodes: list[fx.Node]) -> None:
+    attends = [n for n in nodes if is_op(n, *_ATTENTION)]
+    scoring = [n for n in nodes if is_op(n, *_SCORING)]
+    if scoring and len(scoring) != len(attends):
+        raise GraphError(
+            "not every attention is followed by its selection", got=len(scoring), expected=len(attends)
+        )
+    for node in scoring:
+        mass = node.args[_MASS]
+        source = mass.args[0] if is_call(mass, "getitem") and mass.args[1] == 1 else None
+        if not is_op(source, *_ATTENTION):
+            raise GraphError(f"{node.name} does not take the attention mass of an attention")
+        if source.target in _LENGTH_AND_LAYER and _site(source) != _site(node):
+            raise GraphError(
+                f"{node.name} selects with the attention mass of another layer",
+                got=f"layer {_site(source)[1]}",
+                expected=f"layer {_site(node)[1]}",
+            )

@@ -1,0 +1,95 @@
+"""Cold and warm compile time of a 16-layer model's first `generate`, each in a fresh process.
+
+    python -m benchmarks.compile_time [--layers 16] [--json FILE]
+
+The first process starts with an empty cache folder, the second with what the first left. Counted from the call of
+`generate` to its end (two new tokens), so tracing, passes, Inductor and the C++ compiler are all in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+COLD_LIMIT_S, WARM_LIMIT_S = 120, 25
+
+
+def run_once(layers: int) -> dict[str, Any]:
+    """In a process of its own: compile and generate, with one line of progress per graph."""
+    import torch
+    import transformers as hf
+    from torch._dynamo.utils import counters
+    from transformers.utils import logging
+
+    from alisa_compile import backend
+
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=4096, max_position_embeddings=4096, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = torch.compile(hf.LlamaForCausalLM(config).eval(), backend="alisa")
+    graphs: list[str] = []
+    backend.compile_start_listeners.append(lambda stage: print(f"compiling the {stage} graph ...", file=sys.stderr))
+    backend.compile_listeners.append(
+        lambda row: print(f"  {row.stage}: {row.rewritten} layers, {row.seconds:.1f} s", file=sys.stderr)
+    )
+    backend.compile_listeners.append(lambda row: graphs.append(row.stage))
+    started = time.perf_counter()
+    out = model.generate(torch.randint(1, 4096, (1, 64)), max_new_tokens=3, do_sample=False)
+    return {
+        "seconds": time.perf_counter() - started,
+        "graphs": graphs,
+        "fx_cache_hits": counters["inductor"]["fxgraph_cache_hit"],
+        "fx_cache_misses": counters["inductor"]["fxgraph_cache_miss"],
+        "aot_cache_hits": counters["aot_autograd"]["autograd_cache_hit"],
+        "tokens": out[0, -3:].tolist(),
+    }
+
+
+def _in_a_process(layers: int, cache: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--child", "--layers", str(layers)]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure both and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(run_once(arguments.layers)))
+        return
+    from benchmarks.machine import machine_line
+
+    with tempfile.TemporaryDirectory() as cache:
+        rows = []
+        for name, limit in (("cold", COLD_LIMIT_S), ("warm", WARM_LIMIT_S)):
+            print(f"{name} process", file=sys.stderr)
+            rows.append({"process": name, **_in_a_process(arguments.layers, cache), "limit_s": limit})
+    if rows[0]["tokens"] != rows[1]["tokens"]:
+        raise SystemExit("the warm process generated other tokens than the cold one: no number is printed")
+    print(machine_line())
+    columns = ("process", "seconds", "limit_s", "fx_cache_misses", "fx_cache_hits", "aot_cache_hits")
+    print(tabulate([[row[column] for column in columns] for row in rows], headers=columns, floatfmt=".1f"))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine_line(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
