@@ -19,7 +19,17 @@ from ..config import AlisaConfig
 from ..kernels.swa_attention.reference import score_dtype
 from ..runtime.policies import head_groups, selection_spec
 from ..runtime.report import SkipRow
-from .base import PassResult, Refusal, attention_nodes, example, insert_call, is_call, is_op, kv_origins
+from .base import (
+    PassResult,
+    Refusal,
+    attention_nodes,
+    drop_unused,
+    example,
+    insert_call,
+    is_call,
+    is_op,
+    kv_origins,
+)
 
 _WRITES = ("setitem", "index_copy_", "copy_", "index_put_", "scatter_", "slice_scatter")
 _META = "alisa_buffer_sites"
@@ -65,8 +75,7 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
         except Refusal as refusal:
             result.skipped.append(SkipRow(node.name, None, str(refusal)))
     gm.meta[_META] = found
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
+    drop_unused(gm)
     return result
 
 
