@@ -39,8 +39,6 @@ class AlisaStep:
         )
         self.store = self.cache.stores[0]
         self.store.padded = False
-        for tensor, dim in self.store.dynamic_dimensions():
-            compat.mark_dynamic(tensor, dim)
         self.forward = torch.compile(lambda m, **inputs: m(**inputs), backend=alisa, options={"sparsity": sparsity})
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:

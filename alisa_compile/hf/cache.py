@@ -266,7 +266,7 @@ class AlisaCache(Cache):
             raise CacheError("batch_size is out of range", got=batch_size, expected="an integer >= 1")
         dtype = dtype or getattr(self.decoder_config, "dtype", None) or torch.get_default_dtype()
         device = torch.device(device) if device is not None else torch.get_default_device()
-        capacity = capacity or self.options.max_length or _INITIAL_CAPACITY
+        capacity = max(2, capacity or self.options.max_length or _INITIAL_CAPACITY)
         shapes = [
             StoreShape(len(layers), batch_size, kv_heads, head_dim, dtype, device)
             for (kv_heads, head_dim), layers in self._layers_by_shape().items()

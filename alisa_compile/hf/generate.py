@@ -174,6 +174,20 @@ def _routed(model: Any) -> Iterator[None]:
                         delattr(model, name)
 
 
+class _Route:
+    """What stands for a method of the model while `generate` runs; a copy of the model gets the method itself."""
+
+    def __init__(self, model: Any, name: str, run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, getattr(model, name))  # transformers reads the signature
+        self._model, self._name, self._run = model, name, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._model, self._name)
+
+
 def _active(model: Any) -> _Call | None:
     call = _current.get()
     return call if call is not None and call.model is model else None
@@ -196,10 +210,9 @@ def _forward_route(model: Any, previous: Callable[..., Any] | None) -> Callable[
     return forward
 
 
-def _cache_route(model: Any) -> Callable[..., Any]:
+def _cache_route(model: Any) -> _Route:
     original = model._prepare_cache_for_generation
 
-    @functools.wraps(original)
     def prepare(
         generation_config: Any,
         model_kwargs: dict[str, Any],
@@ -213,7 +226,7 @@ def _cache_route(model: Any) -> Callable[..., Any]:
             _provide_cache(call, generation_config, model_kwargs, mode, batch_size, max_cache_length)
         return original(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
-    return prepare
+    return _Route(model, "_prepare_cache_for_generation", prepare)
 
 
 def _provide_cache(
@@ -245,8 +258,6 @@ def _provide_cache(
         history_padded = _check_given(call.model, given, sequences, capacity)
     for store in given.stores:
         store.padded = padded or history_padded
-        for tensor, dim in store.dynamic_dimensions():
-            compat.mark_dynamic(tensor, dim)
     call.cache = given
     with _lock:
         call.session.stores, call.session.holder = given.stores, weakref.ref(given)
@@ -332,10 +343,9 @@ def _check_given(model: Any, cache: AlisaCache, sequences: int, capacity: int) -
     return any(store.has_history and not bool(store.valid.all()) for store in cache.stores)
 
 
-def _inputs_route(model: Any) -> Callable[..., Any]:
+def _inputs_route(model: Any) -> _Route:
     original = model.prepare_inputs_for_generation
 
-    @functools.wraps(original)
     def prepare(*args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
         call = _active(model)
@@ -358,4 +368,4 @@ def _inputs_route(model: Any) -> Callable[..., Any]:
                     compat.mark_dynamic(tensor, 1)
         return inputs
 
-    return prepare
+    return _Route(model, "prepare_inputs_for_generation", prepare)

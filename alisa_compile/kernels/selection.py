@@ -61,8 +61,11 @@ class SelectionSpec:
         return int(self.local_rows(capacity) + self.dynamic_rows(capacity))
 
     def score_rows(self, capacity: int) -> int:
-        """Rows of score storage: one decayed sum, or the ring of attention rows that Algorithm 1 sums."""
-        return 1 if self.window else int(self.local_rows(capacity))
+        """Rows of score storage: one decayed sum, or the ring of attention rows that Algorithm 1 sums.
+
+        A ring has at least two: a compiler takes a size of 1 for a constant, and capacities vary.
+        """
+        return 1 if self.window else max(2, int(self.local_rows(capacity)))
 
     def seed_rows(self, query_length: Any, capacity: Any = None) -> Any:
         """How many of a block's last attention rows seed the scores (the decayed sum is cut at four windows).

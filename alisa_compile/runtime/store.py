@@ -8,6 +8,7 @@ import weakref
 
 import torch
 
+from .. import compat
 from ..config import AlisaConfig
 from ..errors import CacheError
 from ..kernels.selection import SelectionSpec
@@ -59,30 +60,38 @@ class TokenStore:
         self._step_started = 0.0
         self._allocate(capacity)
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it later
     def _allocate(self, capacity: int) -> None:
-        shape, groups = self.shape, self.groups
-        device = shape.device
+        """Make all tensors, then switch to them: a failure leaves the store as it was."""
+        shape, groups, device = self.shape, self.groups, self.shape.device
+        leading = (shape.num_layers, shape.batch_size, groups)
         slots = shape.num_layers * shape.batch_size * groups * capacity
-        self.device_pool = Pool.allocate(Tier.DEVICE, self.row, slots, device)
-        self.pool, self.scales = self.device_pool.rows, self.device_pool.scales
-        self.table = identity_table(shape.num_layers, shape.batch_size, groups, capacity, device)
-        self.length = torch.zeros(shape.num_layers, dtype=torch.int64, device=device)
-        self.valid = torch.ones((shape.batch_size, capacity), dtype=torch.bool, device=device)
-        self.scores: torch.Tensor | None = None
-        self.rows: torch.Tensor | None = None
-        self.counts: torch.Tensor | None = None
-        if self.selection is not None:
-            leading = (shape.num_layers, shape.batch_size, groups)
-            # One more than fits: a step that fills the store selects for the token that growth makes room for.
-            ring, width = self.selection.score_rows(capacity + 1), self.selection.rows_capacity(capacity + 1)
-            self.scores = torch.zeros(
-                (*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device
-            )
-            self.rows = torch.zeros((*leading, width), dtype=torch.int32, device=device)
-            self.counts = torch.full(leading, -1, dtype=torch.int32, device=device)
-        reference = weakref.ref(self)
-        self.pool.alisa_store = reference  # type: ignore[attr-defined]
+        scores = rows = counts = None
+        try:
+            pool = Pool.allocate(Tier.DEVICE, self.row, slots, device)
+            table = identity_table(*leading, capacity, device)
+            length = torch.zeros(shape.num_layers, dtype=torch.int64, device=device)
+            valid = torch.ones((shape.batch_size, capacity), dtype=torch.bool, device=device)
+            if self.selection is not None:
+                # One more than fits: a step that fills the store selects for the token that growth makes room for.
+                ring, width = self.selection.score_rows(capacity + 1), self.selection.rows_capacity(capacity + 1)
+                scores = torch.zeros((*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device)
+                rows = torch.zeros((*leading, width), dtype=torch.int32, device=device)
+                counts = torch.full(leading, -1, dtype=torch.int32, device=device)
+        except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
+            raise CacheError(
+                "there is not enough memory for the KV store",
+                got=f"{capacity} tokens x {shape.batch_size} sequences, "
+                f"{slots * self.row.bytes_per_row / 2**20:.0f} MiB of rows on {device}",
+                fix="lower max_new_tokens, max_length or the batch size, or set kv_dtype='int8'",
+            ) from error
+        self.device_pool, self.pool, self.scales = pool, pool.rows, pool.scales
+        self.table, self.length, self.valid = table, length, valid
+        self.scores, self.rows, self.counts = scores, rows, counts
+        self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
         self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
+        for tensor, dim in self.dynamic_dimensions():
+            compat.mark_dynamic(tensor, dim)
 
     @property
     def capacity(self) -> int:

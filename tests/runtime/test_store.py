@@ -232,3 +232,35 @@ def test_dynamic_dimensions_cover_every_size_that_growth_changes() -> None:
         for key in names:
             for dim, size in enumerate(before[key]):
                 assert getattr(store, key).shape[dim] == size or (ids[key], dim) in marked, (name, key, dim)
+
+
+def test_failed_growth_leaves_the_store_as_it_was() -> None:
+    """Not enough memory is a CacheError, and nothing stored is lost."""
+    driver = _driver("dense", 20)
+    run = Run(driver)
+    run.forward(5)
+    before = [tensor.clone() for tensor in driver.store.tensors()]
+    with pytest.raises(CacheError, match="not enough memory.*MiB of rows.*kv_dtype"):
+        driver.store.reserve(2**40)
+    assert driver.store.capacity == 20
+    for kept, tensor in zip(before, driver.store.tensors(), strict=True):
+        assert torch.equal(kept, tensor)
+    run.forward(1)
+
+
+def test_aborted_step_is_forgotten() -> None:
+    """A forward pass that fails after some layers appended leaves no trace in the next one's result."""
+    failing, clean = _driver("decayed", 40), _driver("decayed", 40)
+    runs = Run(failing), Run(clean)
+    for run in runs:
+        run.forward(12)
+    store = failing.store
+    row = torch.full((2, _HEADS.kv, 1, _HEADS.dim), 7.0)
+    torch.ops.alisa.kv_append(
+        store.pool, store.scales, store.table, store.length, store.valid, row, row, None, None, None, 0
+    )
+    store.abort_step()
+    clean.store.counts.fill_(-1)  # the step after a failure attends to everything
+    first, second = (run.forward(1)[0] for run in runs)
+    assert torch.equal(first, second)
+    assert store.length.tolist() == [13, 13]
