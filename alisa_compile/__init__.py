@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from . import kernels as _kernels  # registers the alisa:: ops
+from . import kernels as _kernels  # noqa: F401  (registers the alisa:: ops)
 from .api import disable, enable, release, report
 from .config import AlisaConfig
 from .errors import AlisaError, CacheError, ConfigError, NotAvailableError
@@ -45,8 +45,6 @@ def __getattr__(name: str) -> Any:
         try:
             from .hf.cache import AlisaCache
         except ModuleNotFoundError as error:
-            raise AlisaError(
-                "AlisaCache needs transformers", fix="pip install 'alisa-compile[hf]'"
-            ) from error
+            raise AlisaError("AlisaCache needs transformers", fix="pip install 'alisa-compile[hf]'") from error
         return AlisaCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,9 +29,7 @@ def report(model_or_cache: Any) -> Report:
     else:
         stores = getattr(model_or_cache, "stores", [])
         if not stores:
-            raise AlisaError(
-                "there is nothing to report", got=repr(model_or_cache), expected="an AlisaCache in use"
-            )
+            raise AlisaError("there is nothing to report", got=repr(model_or_cache), expected="an AlisaCache in use")
     first = stores[0]
     by_store = [store.sparsity_of_decode_steps() for store in stores]
     return Report(

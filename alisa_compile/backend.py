@@ -158,8 +158,7 @@ def _find_steps(gm: fx.GraphModule) -> list[tuple[int, int | None, int]]:
         sources = [
             place
             for place, candidate in enumerate(placeholders)
-            if isinstance(example(candidate), torch.SymInt)
-            and compat.symbolic_expression(example(candidate)) == wanted
+            if isinstance(example(candidate), torch.SymInt) and compat.symbolic_expression(example(candidate)) == wanted
         ]
         if not sources:
             raise AlisaError(

@@ -56,7 +56,7 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
 
 @contextlib.contextmanager
 def generous_recompile_limit() -> Iterator[None]:
-    """Room for the graphs of a model: stages x batch sizes x padded or not. Past the limit Dynamo turns eager silently."""
+    """Room for a model's graphs: stages x batch sizes x padded or not. Past the limit Dynamo turns eager silently."""
     limit = max(64, torch._dynamo.config.recompile_limit)
     with torch._dynamo.config.patch(recompile_limit=limit):
         yield
@@ -95,7 +95,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, copies))
     for node, twin in copies.items():
         if node.op == "placeholder":
-            twin._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+            twin._dynamo_source = getattr(node, "_dynamo_source", None)
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     return copy
@@ -105,7 +105,7 @@ def name_input_source(node: fx.Node) -> None:
     """Give an added placeholder what AOTAutograd asks of every input of a Dynamo graph: where it comes from."""
     from torch._dynamo.source import LocalSource
 
-    node._dynamo_source = LocalSource(node.name)  # type: ignore[attr-defined]
+    node._dynamo_source = LocalSource(node.name)
 
 
 def apply_graph_pass(gm: fx.GraphModule, name: str, run: Callable[[fx.GraphModule], T]) -> T | None:

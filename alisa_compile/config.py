@@ -22,7 +22,8 @@ class AlisaConfig:
 
     sparsity: fraction of past tokens that a decode step leaves out, in [0, 1). 0 is dense attention, exactly.
     policy: how the kept tokens are chosen: `swa` (sparse window attention) or `dense`.
-    paper: Algorithm 1 of ALISA (ISCA 2024) as printed; sets window, head_mode, sinks, refresh, local_fraction, max_rows.
+    paper: Algorithm 1 of ALISA (ISCA 2024) as printed; sets window, head_mode, sinks, refresh, local_fraction and
+        max_rows.
     window: decay constant in steps of the attention mass that ranks tokens (paper mode: the last k rows instead).
     head_mode: `shared` = one kept set per layer and sequence; `per_kv_head` = one per KV head.
     sinks: first tokens that are always kept.
@@ -97,11 +98,7 @@ class AlisaConfig:
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
-                hint = (
-                    f"did you mean {' or '.join(repr(n) for n in near)}?"
-                    if near
-                    else "see AlisaConfig's docstring"
-                )
+                hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else "see AlisaConfig's docstring"
                 raise ConfigError(f"unknown option {name!r}", expected=f"one of {', '.join(known)}", fix=hint)
         return cls(**options)
 
@@ -117,20 +114,13 @@ class AlisaConfig:
 
 
 def _number(name: str, value: object, expected: str, accepts: Any) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not accepts(value)
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not accepts(value):
         raise ConfigError(f"option {name!r} is out of range", got=repr(value), expected=expected)
 
 
 def _integer(name: str, value: object, lowest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ConfigError(
-            f"option {name!r} is out of range", got=repr(value), expected=f"an integer >= {lowest}"
-        )
+        raise ConfigError(f"option {name!r} is out of range", got=repr(value), expected=f"an integer >= {lowest}")
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -146,6 +136,4 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _not_available(name: str, value: object, fix: str) -> NotAvailableError:
-    return NotAvailableError(
-        f"option {name!r} is not available yet with this value", got=repr(value), fix=fix
-    )
+    return NotAvailableError(f"option {name!r} is not available yet with this value", got=repr(value), fix=fix)

@@ -34,9 +34,7 @@ class AlisaStep:
 
     def __init__(self, model: Any, sparsity: float) -> None:
         self.model = model
-        self.cache = AlisaCache(
-            model.config, batch_size=1, dtype=torch.float32, max_length=CAPACITY, sparsity=sparsity
-        )
+        self.cache = AlisaCache(model.config, batch_size=1, dtype=torch.float32, max_length=CAPACITY, sparsity=sparsity)
         self.store = self.cache.stores[0]
         self.store.padded = False
         self.forward = torch.compile(lambda m, **inputs: m(**inputs), backend=alisa, options={"sparsity": sparsity})
@@ -66,9 +64,7 @@ class AlisaStep:
 
         def append() -> None:
             twin.length.copy_(length)
-            ops.kv_append.default(
-                twin.pool, None, twin.table, twin.length, twin.valid, key, key, None, None, None, 3
-            )
+            ops.kv_append.default(twin.pool, None, twin.table, twin.length, twin.valid, key, key, None, None, None, 3)
 
         def steps() -> None:
             twin.host_length = store.host_length
@@ -192,7 +188,8 @@ def main() -> None:
     machine, dispatch = machine_line(), _dispatch_us()
     rows = [measure(sparsity, arguments.rounds, arguments.steps) for sparsity in (0.0, 0.8)]
     print(machine)
-    print(f"{LAYERS} layers, hidden 64, prompt {PROMPT}; median of {arguments.rounds} rounds of {arguments.steps} steps")
+    shape = f"{LAYERS} layers, hidden 64, prompt {PROMPT}"
+    print(f"{shape}; median of {arguments.rounds} rounds of {arguments.steps} steps")
     headers = {name: name.replace("_", " ") for name in rows[0]}
     print(tabulate(rows, headers=headers, floatfmt=".3f"))
     print(f"dispatch of an op that does nothing: {dispatch:.2f} us a call")

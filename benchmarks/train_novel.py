@@ -111,9 +111,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise TrainingError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
-        ) from error
+        raise TrainingError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
 
 
 def train_tokenizer(files: Sequence[Path], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -164,9 +162,7 @@ def weave(filler: Tokens, inserts: Sequence[Tokens], rng: np.random.Generator) -
     return np.concatenate(parts)
 
 
-def secret_pair(
-    tokenizer: PreTrainedTokenizerFast, name: str, rng: np.random.Generator
-) -> tuple[Tokens, Tokens]:
+def secret_pair(tokenizer: PreTrainedTokenizerFast, name: str, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
     """A sentence that tells a number, and the question with its answer."""
     number = "-".join(str(digit) for digit in rng.integers(0, 10, size=5))
     told = f" The secret number of {name} is {number}.\n"
@@ -215,9 +211,7 @@ class Sequences:
         if kind >= 2:  # twice as often as the others: the hardest of the three to learn
             return secret_inserts(self.tokenizer, room, rng)
         size = int(rng.integers(1, max(2, room // 2 + 1)))
-        passage = (
-            self._slice(size, rng) if kind == 0 else rng.integers(1, self.settings.vocab_size, size=size)
-        )
+        passage = self._slice(size, rng) if kind == 0 else rng.integers(1, self.settings.vocab_size, size=size)
         return [passage, passage]
 
     def draw(self, length: int, rng: np.random.Generator) -> Tokens:
@@ -313,15 +307,11 @@ def load_checkpoint(
         saved: dict[str, Any] = json.loads(state["settings"])
         step = int(state["step"])
     except Exception as error:  # torch.load raises whatever unpickling a broken file happens to raise
-        raise TrainingError(
-            f"{path} cannot be read ({error}): delete it and start without --resume"
-        ) from error
+        raise TrainingError(f"{path} cannot be read ({error}): delete it and start without --resume") from error
     now = asdict(settings)
     changed = [f"{key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
     if changed:
-        raise TrainingError(
-            f"{path} was written under other settings ({'; '.join(changed)}): use the same ones"
-        )
+        raise TrainingError(f"{path} was written under other settings ({'; '.join(changed)}): use the same ones")
     model.load_state_dict(state["model"])
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
@@ -368,9 +358,7 @@ def secret_digits_right(
             logits = model(input_ids=torch.from_numpy(ids)[None].to(model.device)).logits[0]
         guesses = logits.argmax(-1).cpu().numpy()
         digits = [
-            i
-            for i in range(len(ids) - len(asked), len(ids))
-            if str(tokenizer.decode([ids[i]])).strip().isdigit()
+            i for i in range(len(ids) - len(asked), len(ids)) if str(tokenizer.decode([ids[i]])).strip().isdigit()
         ]
         right += sum(int(guesses[i - 1] == ids[i]) for i in digits)
         total += len(digits)
@@ -406,9 +394,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     optimizers = build_optimizers(model, settings)
     first = load_checkpoint(checkpoint, model, optimizers, settings) if args.resume else 0
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(files)} files, {len(sequences.stream):,} tokens, {parameters / 1e6:.2f} M parameters, {device}"
-    )
+    print(f"{len(files)} files, {len(sequences.stream):,} tokens, {parameters / 1e6:.2f} M parameters, {device}")
 
     model.train()
     progress = tqdm(range(first, args.steps), desc="train", unit="step", initial=first, total=args.steps)
@@ -449,21 +435,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
         prog="python -m benchmarks.train_novel", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("folder", type=Path, help="folder with .txt files, searched with its subfolders")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for tokenizer, checkpoint and model"
-    )
-    parser.add_argument(
-        "--held-out", type=Path, nargs="*", default=[], help="files to measure on, not to train on"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=2700, help="about one pass over 11 M tokens at 4,096 a step"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer, checkpoint and model")
+    parser.add_argument("--held-out", type=Path, nargs="*", default=[], help="files to measure on, not to train on")
+    parser.add_argument("--steps", type=int, default=2700, help="about one pass over 11 M tokens at 4,096 a step")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--eval-windows", type=int, default=64, help="held-out windows to measure at most")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
@@ -473,18 +451,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of one step")
     parser.add_argument("--short-length", type=int, default=256, help="sequence length of the first part")
     parser.add_argument("--long-length", type=int, default=1024, help="sequence length of the last part")
-    parser.add_argument(
-        "--long-fraction", type=float, default=0.3, help="share of the steps at the long length"
-    )
-    parser.add_argument(
-        "--pattern-fraction", type=float, default=0.4, help="share of sequences with a pattern"
-    )
+    parser.add_argument("--long-fraction", type=float, default=0.3, help="share of the steps at the long length")
+    parser.add_argument("--pattern-fraction", type=float, default=0.4, help="share of sequences with a pattern")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adamw-lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01, help="of the hidden matrices")
-    parser.add_argument(
-        "--warmup", type=float, default=0.02, help="share of the steps with a rising learning rate"
-    )
+    parser.add_argument("--warmup", type=float, default=0.02, help="share of the steps with a rising learning rate")
     parser.add_argument("--decay", choices=("linear", "cosine"), default="linear")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

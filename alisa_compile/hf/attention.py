@@ -48,9 +48,7 @@ def alisa_attention(
         )
         return out
     if dropout != 0.0:
-        raise AlisaError(
-            "AlisaCache is for inference", got="attention dropout", fix="call model.eval() first"
-        )
+        raise AlisaError("AlisaCache is for inference", got="attention dropout", fix="call model.eval() first")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_heads = _attend(layer, query, key, value, attention_mask, scale)
     return out_heads.transpose(1, 2).contiguous(), None

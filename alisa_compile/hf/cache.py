@@ -259,9 +259,7 @@ class AlisaCache(Cache):
     ) -> None:
         """Make the storage: `capacity` tokens per sequence (default `max_length`, else a small start that doubles)."""
         if self.is_allocated:
-            raise CacheError(
-                "this AlisaCache already has storage", fix="call reset() to empty it, or build a new one"
-            )
+            raise CacheError("this AlisaCache already has storage", fix="call reset() to empty it, or build a new one")
         if batch_size < 1:
             raise CacheError("batch_size is out of range", got=batch_size, expected="an integer >= 1")
         dtype = dtype or getattr(self.decoder_config, "dtype", None) or torch.get_default_dtype()

@@ -40,9 +40,7 @@ class Session:
     config: AlisaConfig
     forward: Callable[..., Any]
     graphs: dict[int, CompileRow] = dataclasses.field(default_factory=dict)
-    stores: list[TokenStore] = dataclasses.field(
-        default_factory=list
-    )  # of the latest call, kept for the next
+    stores: list[TokenStore] = dataclasses.field(default_factory=list)  # of the latest call, kept for the next
     holder: weakref.ref[AlisaCache] | None = None  # the cache that owns them, while anybody still has it
     announced: bool = False
     warned: set[str] = dataclasses.field(default_factory=set)
@@ -357,9 +355,7 @@ def _inputs_route(model: Any) -> _Route:
         if inputs.get("attention_mask") is None:
             # Some models derive positions from a missing mask and the cache length, which breaks their graph.
             total = call.cache.get_seq_length() + tokens.shape[1]
-            inputs["attention_mask"] = torch.ones(
-                (tokens.shape[0], total), dtype=torch.int64, device=tokens.device
-            )
+            inputs["attention_mask"] = torch.ones((tokens.shape[0], total), dtype=torch.int64, device=tokens.device)
         for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "token_type_ids"):
             tensor = inputs.get(name)
             if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:

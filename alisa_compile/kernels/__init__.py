@@ -9,7 +9,16 @@ from __future__ import annotations
 # In a checkout this folder is also found as `kernels`, through the link at the top, and transformers imports a package
 # of that name to read its version. Registering the ops a second time would break both.
 if __name__ == "alisa_compile.kernels":
-    from . import buffer_attention, extend_attention, kv_append, kv_read, kv_select, prefill_attention, quantize_row, swa_attention
+    from . import (
+        buffer_attention,
+        extend_attention,
+        kv_append,
+        kv_read,
+        kv_select,
+        prefill_attention,
+        quantize_row,
+        swa_attention,
+    )
 
 __all__ = [
     "buffer_attention",

@@ -50,11 +50,7 @@ def target_name(node: fx.Node) -> str:
 
 def is_call(node: object, *names: str) -> TypeGuard[fx.Node]:
     """Whether a node calls a function or method of one of these names."""
-    return (
-        isinstance(node, fx.Node)
-        and node.op in ("call_function", "call_method")
-        and target_name(node) in names
-    )
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and target_name(node) in names
 
 
 def is_op(node: object, *ops: Any) -> TypeGuard[fx.Node]:

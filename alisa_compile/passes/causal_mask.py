@@ -149,9 +149,7 @@ def _input(node: fx.Node) -> Value:
     if isinstance(value, torch.Tensor) and value.dim() == 2:
         return Padding(node)
     if isinstance(value, torch.Tensor) and value.dim() == 4:
-        raise Refusal(
-            "its mask was prepared outside the graph (a 4-D input), so nothing can be proved about it"
-        )
+        raise Refusal("its mask was prepared outside the graph (a 4-D input), so nothing can be proved about it")
     raise Refusal(f"its mask depends on the input '{node.name}'")
 
 

@@ -203,9 +203,7 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
             site.counts, site.layer, scale,
         )  # fmt: skip
     elif site.stage == "prefill":
-        both = call(
-            ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale
-        )
+        both = call(ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale)
     else:
         both = call(
             ops.extend_attention.default, query, site.pool, site.scales, site.table, site.length, valid, site.layer,

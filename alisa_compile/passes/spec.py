@@ -37,9 +37,7 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and str(n.target).startswith("alisa.")]
     for node in nodes:
         if node.target._schema.returns and example(node) is None:
-            raise GraphError(
-                f"node {node.name} has no recorded value", fix="set meta['val'] where it is inserted"
-            )
+            raise GraphError(f"node {node.name} has no recorded value", fix="set meta['val'] where it is inserted")
     _check_appends(nodes, order)
     dense = [n for n in nodes if is_op(n, ops.kv_read.default) and n.users]
     left = {row.node for row in skipped}
@@ -60,9 +58,7 @@ def _check_appends(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
     appends = [n for n in nodes if is_op(n, ops.kv_append.default)]
     for (length, layer), count in Counter(map(_site, appends)).items():
         if count != 1:
-            raise GraphError(
-                f"layer {layer} of {length} is appended to {count} times in one step", expected="once"
-            )
+            raise GraphError(f"layer {layer} of {length} is appended to {count} times in one step", expected="once")
     place = {_site(n): order[n] for n in appends}
     for node in nodes:
         if is_op(node, ops.swa_attention.default, ops.extend_attention.default, *_SCORING):
@@ -75,9 +71,7 @@ def _check_scoring(nodes: list[fx.Node]) -> None:
     attends = [n for n in nodes if is_op(n, *_ATTENTION)]
     scoring = [n for n in nodes if is_op(n, *_SCORING)]
     if scoring and len(scoring) != len(attends):
-        raise GraphError(
-            "not every attention is followed by its selection", got=len(scoring), expected=len(attends)
-        )
+        raise GraphError("not every attention is followed by its selection", got=len(scoring), expected=len(attends))
     for node in scoring:
         mass = node.args[_MASS]
         source = mass.args[0] if is_call(mass, "getitem") and mass.args[1] == 1 else None

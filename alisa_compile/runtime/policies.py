@@ -38,9 +38,7 @@ class SparseWindow:
     def spec(self) -> SelectionSpec:
         """The kernel form."""
         local = self.keep_ratio * self.local_fraction
-        return SelectionSpec(
-            local, self.keep_ratio - local, self.window, self.sinks, self.refresh, self.max_rows
-        )
+        return SelectionSpec(local, self.keep_ratio - local, self.window, self.sinks, self.refresh, self.max_rows)
 
 
 def selection_spec(config: AlisaConfig) -> SelectionSpec | None:

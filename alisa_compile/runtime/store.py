@@ -11,7 +11,6 @@ import torch
 from .. import compat
 from ..config import AlisaConfig
 from ..errors import CacheError
-from ..kernels.selection import SelectionSpec
 from ..kernels.swa_attention.reference import score_dtype
 from .policies import head_groups, selection_spec
 from .report import RunStatistics
@@ -197,9 +196,7 @@ class TokenStore:
         """Host work after the ops of a forward pass: lengths, statistics, and room for one more token."""
         self.host_length += new_tokens
         self.has_history = True
-        self.statistics.note_step(
-            new_tokens, self.host_length, (time.perf_counter() - self._step_started) * 1e3
-        )
+        self.statistics.note_step(new_tokens, self.host_length, (time.perf_counter() - self._step_started) * 1e3)
         if self.host_length >= self.capacity:
             self.reserve(self.host_length + 1)
 
@@ -233,4 +230,4 @@ class TokenStore:
         layers = self.shape.num_layers
         dense = sum(self.selection.is_refresh_step(length, layer) for layer in range(layers))
         kept = self.selection.local_rows(length) + self.selection.dynamic_rows(length)
-        return (layers - dense) / layers * (1 - kept / length)
+        return float((layers - dense) / layers * (1 - kept / length))

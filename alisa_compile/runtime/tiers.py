@@ -74,9 +74,7 @@ class Pool:
         return self.rows.shape[0]
 
 
-def identity_table(
-    num_layers: int, batch_size: int, groups: int, capacity: int, device: torch.device
-) -> torch.Tensor:
+def identity_table(num_layers: int, batch_size: int, groups: int, capacity: int, device: torch.device) -> torch.Tensor:
     """A residency table `[L, B, G, C]` int32 in which each (layer, sequence, group) has a quota of C slots in order."""
     count = num_layers * batch_size * groups * capacity
     slots = torch.arange(count, dtype=torch.int32, device=device)

@@ -83,9 +83,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="what to continue (default: standard input)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file with what to continue")
-    generate.add_argument(
-        "--max-new-tokens", type=_positive, default=128, metavar="N", help="(default: %(default)s)"
-    )
+    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="(default: %(default)s)")
     generate.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -93,21 +91,15 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="of weights and computation (default: as the model was saved)",
     )
     generate.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
-    generate.add_argument(
-        "--sample", action="store_true", help="draw tokens at random instead of the likeliest"
-    )
+    generate.add_argument("--sample", action="store_true", help="draw tokens at random instead of the likeliest")
     generate.add_argument("--temperature", type=float, metavar="T", help="of the drawing; implies --sample")
-    generate.add_argument(
-        "--seed", type=int, metavar="N", help="makes the drawing repeatable; implies --sample"
-    )
+    generate.add_argument("--seed", type=int, metavar="N", help="makes the drawing repeatable; implies --sample")
     generate.add_argument("--no-stream", action="store_true", help="print the text at the end, in one piece")
     generate.add_argument("--report", action="store_true", help="print what happened, on standard error")
 
     text = "the embedded model at 80 % sparsity beside dense attention"
     demo = choices.add_parser("demo", help=text, description=text, allow_abbrev=False)
-    demo.add_argument(
-        "--max-new-tokens", type=_positive, default=120, metavar="N", help="(default: %(default)s)"
-    )
+    demo.add_argument("--max-new-tokens", type=_positive, default=120, metavar="N", help="(default: %(default)s)")
     demo.add_argument(
         "--prompt-tokens",
         type=_positive,

@@ -121,9 +121,7 @@ def _print_passage(passage: str, count: int, width: int) -> None:
 
 def _wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width`; the text's own line breaks stay."""
-    return [
-        line for paragraph in text.strip().split("\n") for line in textwrap.wrap(paragraph, width) or [""]
-    ]
+    return [line for paragraph in text.strip().split("\n") for line in textwrap.wrap(paragraph, width) or [""]]
 
 
 def _columns(left: tuple[str, str], right: tuple[str, str], width: int) -> str:
@@ -139,10 +137,7 @@ def _agreement(loaded: Loaded, sparse: torch.Tensor, dense: torch.Tensor) -> str
     same = int((sparse[:shorter] == dense[:shorter]).int().cumprod(0).sum())
     if same == shorter == max(len(sparse), len(dense)):
         return f"All {same} tokens agree."
-    words = [
-        repr(loaded.decode(side[same : same + 1])) if same < len(side) else "the end"
-        for side in (sparse, dense)
-    ]
+    words = [repr(loaded.decode(side[same : same + 1])) if same < len(side) else "the end" for side in (sparse, dense)]
     return (
         f"{same} of {shorter} tokens agree before the first difference, where alisa writes {words[0]} and "
         f"dense {words[1]}. From there on each text follows its own beginning."

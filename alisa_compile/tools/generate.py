@@ -29,9 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         tokens = loaded.encode(prompt, arguments.max_new_tokens)
         model: Any = torch.compile(loaded.model, backend=alisa, options=options)
         streamer: Any = (
-            CountingStreamer(progress)
-            if arguments.no_stream
-            else PrintingStreamer(loaded.tokenizer, progress)
+            CountingStreamer(progress) if arguments.no_stream else PrintingStreamer(loaded.tokenizer, progress)
         )
         progress.start_tokens("generating", arguments.max_new_tokens)
         output = model.generate(
@@ -58,9 +56,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise AlisaError(f"cannot read the prompt: {reason}", got=arguments.prompt_file) from error
     if sys.stdin.isatty():
-        raise AlisaError(
-            "there is no prompt", fix="give --prompt TEXT or --prompt-file FILE, or pipe text in"
-        )
+        raise AlisaError("there is no prompt", fix="give --prompt TEXT or --prompt-file FILE, or pipe text in")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:

@@ -28,9 +28,7 @@ class Loaded:
         tokens: torch.Tensor = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
         count = tokens.shape[1]
         if count == 0:
-            raise AlisaError(
-                "the prompt is empty", fix="give --prompt TEXT or --prompt-file FILE, or pipe text in"
-            )
+            raise AlisaError("the prompt is empty", fix="give --prompt TEXT or --prompt-file FILE, or pipe text in")
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if room is not None and count + max_new_tokens > room:
             raise AlisaError(
@@ -59,13 +57,9 @@ def load(name: str, dtype: str, device: str | None) -> Loaded:
     path = Path(name).expanduser()
     local = path.exists()
     if local and not path.is_dir():
-        raise AlisaError(
-            "the model is not a folder", got=name, fix="give the folder that holds its config.json"
-        )
+        raise AlisaError("the model is not a folder", got=name, fix="give the folder that holds its config.json")
     if not local and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-        raise AlisaError(
-            "no such model folder", got=name, expected="a folder, or a name on the Hugging Face Hub"
-        )
+        raise AlisaError("no such model folder", got=name, expected="a folder, or a name on the Hugging Face Hub")
     source = str(path) if local else name
     try:
         with _bars_off() if local else contextlib.nullcontext():
@@ -92,9 +86,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise AlisaError(
-            "cannot use this device", got=name, expected="such as cpu or cuda:0, present here"
-        ) from error
+        raise AlisaError("cannot use this device", got=name, expected="such as cpu or cuda:0, present here") from error
     return device
 
 

@@ -60,9 +60,7 @@ def random_block(
     """Random rows, laid out as models make them: `[B, T, heads, D]` transposed."""
 
     def draw(count: int) -> torch.Tensor:
-        states = torch.randn(
-            (layers, batch, tokens, count, heads.dim), generator=generator, dtype=torch.float64
-        )
+        states = torch.randn((layers, batch, tokens, count, heads.dim), generator=generator, dtype=torch.float64)
         return states.to(dtype).transpose(2, 3)
 
     return Block(draw(heads.query), draw(heads.kv), draw(heads.kv))
@@ -166,9 +164,7 @@ class Driver:
         self.store.rows[layer] = garbage
         for sequence, groups in enumerate(positions):
             for group, chosen in enumerate(groups):
-                self.store.rows[layer, sequence, group, : len(chosen)] = torch.tensor(
-                    chosen, dtype=torch.int32
-                )
+                self.store.rows[layer, sequence, group, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
                 self.store.counts[layer, sequence, group] = len(chosen)
 
 

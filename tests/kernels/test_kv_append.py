@@ -24,9 +24,7 @@ def test_rows_read_back_as_written(dtype: torch.dtype, head_mode: str) -> None:
     """Exact, in order, layer by layer, for blocks and single tokens, with model-like (transposed) inputs."""
     driver = _driver(dtype=dtype, head_mode=head_mode)
     generator = torch.Generator().manual_seed(0)
-    blocks = [
-        random_block(generator, _HEADS, tokens, layers=2, batch=3, dtype=dtype) for tokens in (5, 1, 1, 3)
-    ]
+    blocks = [random_block(generator, _HEADS, tokens, layers=2, batch=3, dtype=dtype) for tokens in (5, 1, 1, 3)]
     for block in blocks:
         for layer in range(2):
             driver.append(block, layer)

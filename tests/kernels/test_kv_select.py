@@ -68,18 +68,14 @@ class Naive:
         others = past[: len(past) - local]
         pinned = others[: min(self.sinks, dynamic)]
         scores = self.scores()
-        ranked = sorted(
-            others[len(pinned) :], key=lambda position: (scores[position], position), reverse=True
-        )
+        ranked = sorted(others[len(pinned) :], key=lambda position: (scores[position], position), reverse=True)
         return sorted(pinned + ranked[: dynamic - len(pinned)] + past[len(past) - local :])
 
 
 class SelectionRun:
     """Feeds made-up attention mass to the selection ops and to `Naive`, and compares sets after each call."""
 
-    def __init__(
-        self, draw: Draw, *, mask: torch.Tensor | None = None, layer: int = 0, **options: Any
-    ) -> None:
+    def __init__(self, draw: Draw, *, mask: torch.Tensor | None = None, layer: int = 0, **options: Any) -> None:
         self.driver = Driver(Heads(4, 2, 8), capacity=160, layers=2, batch=2, dtype=torch.float64, **options)
         self.store, self.draw, self.mask, self.layer = self.driver.store, draw, mask, layer
         assert self.store.selection is not None
@@ -91,8 +87,7 @@ class SelectionRun:
         cap = config.max_rows if isinstance(config.max_rows, int) else None
         assert spec.window == window
         self.naive = [
-            [Naive(config.keep_ratio, window, sinks, fraction, cap) for _ in range(self.store.groups)]
-            for _ in range(2)
+            [Naive(config.keep_ratio, window, sinks, fraction, cap) for _ in range(self.store.groups)] for _ in range(2)
         ]
         self.tokens = 0
 
@@ -128,9 +123,7 @@ class SelectionRun:
                     naive.rows.append(dict(zip(naive.real, values, strict=True)))
                 for back, row in enumerate(reversed(naive.rows[len(naive.rows) - len(new) :])):
                     if back < count:
-                        mass[sequence, group, count - 1 - back, list(row)] = torch.tensor(
-                            list(row.values())
-                        ).double()
+                        mass[sequence, group, count - 1 - back, list(row)] = torch.tensor(list(row.values())).double()
         ops.kv_seed(*self._state(mass), tokens, self.layer, self.store.spec)
         self.check()
 
@@ -187,9 +180,7 @@ _HOLES = torch.tensor([[1] * 20, [1] + [0] * 12 + [1, 0, 1, 1, 0, 1, 1]])
 @pytest.mark.parametrize("head_mode", ["shared", "per_kv_head"])
 @pytest.mark.parametrize("mask", [None, _LEFT, _HOLES])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_default_parameters_choose_the_naive_set(
-    head_mode: str, mask: torch.Tensor | None, layer: int
-) -> None:
+def test_default_parameters_choose_the_naive_set(head_mode: str, mask: torch.Tensor | None, layer: int) -> None:
     """Locals, sinks, decayed scores and refresh steps, with padding, over 90 steps at the default options."""
     run = SelectionRun(_uniform(0), mask=mask, layer=layer, head_mode=head_mode)
     run.seed(20)
@@ -226,9 +217,7 @@ def test_equal_scores_prefer_the_larger_position(mask: torch.Tensor | None) -> N
 
 def test_no_mass_at_all_keeps_the_latest_tokens() -> None:
     """With all scores equal the dynamic rows are those right before the locals."""
-    run = SelectionRun(
-        lambda count: torch.zeros(count, dtype=torch.float64), sparsity=0.5, sinks=2, refresh=0
-    )
+    run = SelectionRun(lambda count: torch.zeros(count, dtype=torch.float64), sparsity=0.5, sinks=2, refresh=0)
     run.seed(19)
     assert run.driver.working_set() == [0, 1, *range(12, 20)]
 

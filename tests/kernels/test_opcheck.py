@@ -123,9 +123,7 @@ def test_kv_select_and_kv_seed(driver: Driver, op: str) -> None:
     _, mass = driver.attend(block, 1)
     state = (store.scores, store.rows, store.counts, mass, store.length)
     extra = () if op == "kv_select" else (tokens,)
-    _each_padding(
-        lambda valid: _check(getattr(ops, op).default, *state, valid, *extra, 1, store.spec), store.valid
-    )
+    _each_padding(lambda valid: _check(getattr(ops, op).default, *state, valid, *extra, 1, store.spec), store.valid)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

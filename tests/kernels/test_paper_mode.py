@@ -180,9 +180,7 @@ def test_200_steps_in_float64_choose_exactly_the_papers_sets() -> None:
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_a_turn_longer_and_one_shorter_than_the_window_reseed_it(sparsity: float) -> None:
     """After a further turn the window holds the turn's rows, and the history's where the turn has too few."""
-    comparison = Comparison(
-        Heads(4, 1, 8), sparsity, batch=2, capacity=200, dtype=torch.float64, seed=2, exact=True
-    )
+    comparison = Comparison(Heads(4, 1, 8), sparsity, batch=2, capacity=200, dtype=torch.float64, seed=2, exact=True)
     comparison.forward(60)
     for turn in (40, 3, 2):
         for _ in range(5):
@@ -194,9 +192,7 @@ def test_a_turn_longer_and_one_shorter_than_the_window_reseed_it(sparsity: float
 
 def test_ragged_turn_keeps_the_window_of_a_sequence_with_few_new_tokens() -> None:
     """A turn that is mostly padding for one sequence must not wipe rows of that sequence's history."""
-    comparison = Comparison(
-        Heads(2, 2, 8), 0.4, batch=2, capacity=64, dtype=torch.float64, seed=3, exact=True
-    )
+    comparison = Comparison(Heads(2, 2, 8), 0.4, batch=2, capacity=64, dtype=torch.float64, seed=3, exact=True)
     comparison.forward(20, torch.ones((2, 20), dtype=torch.int64))
     real = torch.ones((2, 12), dtype=torch.int64)
     real[1, 2:] = 0

@@ -94,9 +94,7 @@ def test_padding_is_attended_by_no_real_token(heads: Heads, length: int, dtype: 
 @pytest.mark.parametrize("spec", [_PAPER, _DECAYED])
 @pytest.mark.parametrize("heads", _HEADS)
 @pytest.mark.parametrize("length", [1, 30])
-def test_mass_is_that_of_the_last_real_rows(
-    heads: Heads, length: int, spec: str, groups: str, masked: bool
-) -> None:
+def test_mass_is_that_of_the_last_real_rows(heads: Heads, length: int, spec: str, groups: str, masked: bool) -> None:
     """Rows that seed: the last of each sequence, oldest first, head-summed by group, else zeros."""
     block = random_block(torch.Generator().manual_seed(2), heads, length, batch=5, dtype=torch.float32)
     query, key, value = block.layer(0)
@@ -113,9 +111,7 @@ def test_long_prompts_are_computed_in_blocks_with_the_same_result(monkeypatch: p
     from alisa_compile.kernels.prefill_attention import reference
 
     heads = Heads(4, 2, 8)
-    query, key, value = random_block(
-        torch.Generator().manual_seed(3), heads, 50, batch=5, dtype=torch.float64
-    ).layer(0)
+    query, key, value = random_block(torch.Generator().manual_seed(3), heads, 50, batch=5, dtype=torch.float64).layer(0)
     whole = reference.prefill_attention(query, key, value, _masks(50), 1, _PAPER, heads.scale)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 5 * 50 * 7)
     blocks = reference.prefill_attention(query, key, value, _masks(50), 1, _PAPER, heads.scale)

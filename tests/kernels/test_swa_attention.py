@@ -19,9 +19,7 @@ _SHAPES = [
 _DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-def _filled(
-    heads: Heads, length: int, *, seed: int = 0, slack: int = 9, batch: int = 2, **options: Any
-) -> Driver:
+def _filled(heads: Heads, length: int, *, seed: int = 0, slack: int = 9, batch: int = 2, **options: Any) -> Driver:
     """A store with `length` random tokens in each sequence, unused rows poisoned, slots shuffled."""
     generator = torch.Generator().manual_seed(seed)
     driver = Driver(heads, capacity=length + slack, batch=batch, **options)
@@ -65,9 +63,7 @@ def _check(
         for group, positions in enumerate(chosen):
             kv = slice(group * heads.kv // groups, (group + 1) * heads.kv // groups)
             q = slice(group * heads.query // groups, (group + 1) * heads.query // groups)
-            expected, weights = naive_attention(
-                query[sequence, q, 0], key[kv], value[kv], positions, heads.scale
-            )
+            expected, weights = naive_attention(query[sequence, q, 0], key[kv], value[kv], positions, heads.scale)
             close(out[sequence, q, 0], expected, dtype)
             close(mass[sequence, group, : len(positions)], weights.sum(0), dtype)
 
@@ -119,9 +115,7 @@ def test_refresh_and_dense_attend_to_every_valid_row(
     block = _query(driver)
     out, mass = driver.attend(block, 0, mask if padded else None, dense=dense)
     assert out.is_contiguous()
-    every = [
-        [row.nonzero().flatten().tolist()] * driver.store.groups for row in (mask if padded else mask * 0 + 1)
-    ]
+    every = [[row.nonzero().flatten().tolist()] * driver.store.groups for row in (mask if padded else mask * 0 + 1)]
     if dense:
         assert mass.shape == (2, driver.store.groups, 0)
         spread = torch.zeros((2, driver.store.groups, length))
@@ -136,9 +130,7 @@ def test_refresh_and_dense_attend_to_every_valid_row(
         _check(driver, out, packed, block.query[0], every)
 
 
-def _check_output_only(
-    driver: Driver, out: torch.Tensor, query: torch.Tensor, sets: list[list[list[int]]]
-) -> None:
+def _check_output_only(driver: Driver, out: torch.Tensor, query: torch.Tensor, sets: list[list[list[int]]]) -> None:
     for sequence, chosen in enumerate(sets):
         key, value = stored_rows(driver, 0, sequence)
         expected, _ = naive_attention(query[sequence, :, 0], key, value, chosen[0], driver.heads.scale)

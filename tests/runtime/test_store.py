@@ -102,11 +102,7 @@ def test_growth_keeps_rows_and_marks_new_places_valid(name: str) -> None:
     valid[1, :3] = False
     assert torch.equal(driver.store.valid, valid)
     assert driver.store.length.tolist() == [9, 9]
-    assert (
-        driver.store.table.unique().numel()
-        == driver.store.table.numel()
-        == driver.store.device_pool.num_slots
-    )
+    assert driver.store.table.unique().numel() == driver.store.table.numel() == driver.store.device_pool.num_slots
 
 
 def test_reserve_within_the_capacity_moves_nothing() -> None:
@@ -189,9 +185,7 @@ def test_effective_sparsity_is_the_share_left_out_of_the_coming_step(name: str) 
         expected = 1 - sum(kept) / len(kept) / context
         assert driver.store.effective_sparsity() == pytest.approx(expected, abs=1e-12)
     if name == "paper":
-        assert driver.store.effective_sparsity() == pytest.approx(
-            1 - 2 * 15 / 50
-        )  # k = nearest(50 * 0.6 / 2)
+        assert driver.store.effective_sparsity() == pytest.approx(1 - 2 * 15 / 50)  # k = nearest(50 * 0.6 / 2)
 
 
 @pytest.mark.parametrize("name", list(_STORES))
@@ -240,7 +234,7 @@ def test_failed_growth_leaves_the_store_as_it_was() -> None:
     run = Run(driver)
     run.forward(5)
     before = [tensor.clone() for tensor in driver.store.tensors()]
-    with pytest.raises(CacheError, match="not enough memory.*MiB of rows.*kv_dtype"):
+    with pytest.raises(CacheError, match=r"not enough memory.*MiB of rows.*kv_dtype"):
         driver.store.reserve(2**40)
     assert driver.store.capacity == 20
     for kept, tensor in zip(before, driver.store.tensors(), strict=True):

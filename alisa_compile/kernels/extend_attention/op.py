@@ -28,8 +28,8 @@ def _fake(
 
 
 define(
-    "extend_attention(Tensor query, Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor? valid, int layer, "
-    "str spec, float scale) -> (Tensor, Tensor)",
+    "extend_attention(Tensor query, Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor? valid, "
+    "int layer, str spec, float scale) -> (Tensor, Tensor)",
     extend_attention,
     _fake,
 )

@@ -85,9 +85,7 @@ def _valid_tokens(valid: torch.Tensor | None, tokens: int, like: torch.Tensor) -
     return valid[:, :tokens].sum(-1)
 
 
-def write_ring(
-    ring: torch.Tensor, new_rows: torch.Tensor, valid_tokens: torch.Tensor, own: torch.Tensor
-) -> None:
+def write_ring(ring: torch.Tensor, new_rows: torch.Tensor, valid_tokens: torch.Tensor, own: torch.Tensor) -> None:
     """Put T attention rows `[B, G, T, C]`, newest last, where the j-th real token of a sequence has row j mod R.
 
     own: `[B]`, how many of the block's tokens are real. Only their rows are written: rows before
@@ -164,4 +162,5 @@ def working_set(ranking: torch.Tensor, real: torch.Tensor, policy: SelectionSpec
     place = torch.arange(positions, device=ranking.device) >= (positions - (dynamic - sinks))[:, None]
     chosen = torch.zeros_like(ranking, dtype=torch.bool)
     chosen.scatter_(-1, order, place[:, None].expand_as(chosen))
-    return (chosen & candidates[:, None]) | (is_local | is_sink)[:, None]
+    kept: torch.Tensor = (chosen & candidates[:, None]) | (is_local | is_sink)[:, None]
+    return kept

@@ -79,6 +79,4 @@ def _dense(
     packed = query.reshape(batch_size, key.shape[1], query_heads // key.shape[1], head_dim)
     mask = None if valid is None else valid[:, None, None, :tokens]
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
-    return out.reshape(query.shape), query.new_empty(
-        (batch_size, table.shape[2], 0), dtype=score_dtype(query.dtype)
-    )
+    return out.reshape(query.shape), query.new_empty((batch_size, table.shape[2], 0), dtype=score_dtype(query.dtype))
