@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,9 +17,8 @@ def report(model_or_cache: Any) -> Report:
     """What happened in the latest `generate` of a compiled model, or so far in an AlisaCache."""
     stores: list[TokenStore]
     if isinstance(model_or_cache, torch.nn.Module):
-        from .hf.generate import session_of
-
-        session = session_of(model_or_cache)
+        hook = _hook()
+        session = None if hook is None else hook.session_of(model_or_cache)
         if session is None or not session.stores:
             raise AlisaError(
                 "there is nothing to report for this model",
@@ -49,20 +50,29 @@ def report(model_or_cache: Any) -> Report:
 
 def release(model: torch.nn.Module) -> None:
     """Free the KV storage that a compiled model keeps between calls of `generate`."""
-    from .hf import generate
-
-    generate.release(model)
+    hook = _hook()
+    if hook is not None:
+        hook.release(model)
 
 
 def disable() -> None:
     """Undo the `generate` hook; `alisa_compile.enable()` brings it back."""
-    from .hf import generate
-
-    generate.disable()
+    hook = _hook()
+    if hook is not None:
+        hook.disable()
 
 
 def enable() -> None:
     """Install the `generate` hook (done when the backend is first used)."""
+    hook = _hook()
+    if hook is not None:
+        hook.enable()
+
+
+def _hook() -> ModuleType | None:
+    """The module of the `generate` hook; None without transformers, where there is nothing to hook."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
     from .hf import generate
 
-    generate.enable()
+    return generate

@@ -27,9 +27,7 @@ def tiny_model(family: str, layers: int = 2, seed: int = 0, **changes: Any) -> A
     gqa = {"num_key_value_heads": 2, "intermediate_size": 96, "num_hidden_layers": layers}
     configs: dict[str, Callable[[], Any]] = {
         "llama": lambda: hf.LlamaConfig(**{**_COMMON, **gqa, **_TOKENS, **changes}),
-        "mistral": lambda: hf.MistralConfig(
-            **{**_COMMON, **gqa, **_TOKENS, "sliding_window": None, **changes}
-        ),
+        "mistral": lambda: hf.MistralConfig(**{**_COMMON, **gqa, **_TOKENS, "sliding_window": None, **changes}),
         "qwen3": lambda: hf.Qwen3Config(**{**_COMMON, **gqa, **_TOKENS, "head_dim": 24, **changes}),
         "neox": lambda: hf.GPTNeoXConfig(
             **{**_COMMON, **_TOKENS, "intermediate_size": 96, "num_hidden_layers": layers, **changes}
@@ -69,9 +67,7 @@ def passage(tokenizer: Any, tokens: int, start: int = 0) -> torch.Tensor:
     return ids[:, start : start + tokens]
 
 
-def left_padded(
-    batch_size: int, length: int, vocab: int = 128, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(batch_size: int, length: int, vocab: int = 128, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids and mask where row i has 3 i padding tokens on the left."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, vocab, (batch_size, length), generator=generator)
@@ -88,9 +84,7 @@ def compiled(model: Any, inner: str = "aot_eager", **options: Any) -> Any:
 
 
 @torch.no_grad()
-def assert_same_tokens(
-    model: Any, candidate: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int
-) -> None:
+def assert_same_tokens(model: Any, candidate: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> None:
     """Greedy tokens of `candidate` equal those of the stock `model`.
 
     A difference counts when the stock model's top-1 margin at that place is above MARGIN. After an excused difference

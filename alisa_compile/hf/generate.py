@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import gc
 import logging
 import threading
 import types
@@ -42,6 +43,7 @@ class Session:
     graphs: dict[int, CompileRow] = dataclasses.field(default_factory=dict)
     stores: list[TokenStore] = dataclasses.field(default_factory=list)  # of the latest call, kept for the next
     holder: weakref.ref[AlisaCache] | None = None  # the cache that owns them, while anybody still has it
+    swept_graphs: int = 0  # graphs there were when `_sweep` last ran
     announced: bool = False
     warned: set[str] = dataclasses.field(default_factory=set)
 
@@ -106,7 +108,9 @@ def release(module: torch.nn.Module) -> None:
     """Free the storage that a compiled model keeps between calls."""
     session = _sessions.get(module)
     if session is not None:
-        session.stores, session.holder = [], None
+        with _lock:
+            _sweep(session)
+            session.stores, session.holder = [], None
 
 
 def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -297,6 +301,7 @@ def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
     model, session = call.model, call.session
     cache = AlisaCache(model.config, **dataclasses.asdict(session.config))
     with _lock:  # two threads must not take the same storage
+        _sweep(session)
         stores, session.stores = session.stores, []
         free = session.holder is None or session.holder() is None
     # The latest cache may have been the user's, with other options.
@@ -313,6 +318,14 @@ def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
     for store in cache.stores:
         store.statistics.graphs = session.graphs
     return cache
+
+
+def _sweep(session: Session) -> None:
+    """What Dynamo leaves of a compilation holds the cache in a cycle, so nobody would seem to have let go of it."""
+    graphs = len(session.stores[0].statistics.graphs) if session.stores else 0
+    if graphs > session.swept_graphs and session.holder is not None and session.holder() is not None:
+        session.swept_graphs = graphs
+        gc.collect()
 
 
 def _check_given(model: Any, cache: AlisaCache, sequences: int, capacity: int) -> bool:

@@ -99,10 +99,11 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     if compat.is_higher_order(node.target):
         return list(node.all_input_nodes)
     name = target_name(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    in_place = in_place or node.target in _IN_PLACE_OPERATORS or name.startswith("__i") or name == "__setitem__"
+    module = getattr(node.target, "__module__", None)
+    in_place = node.target in _IN_PLACE_OPERATORS or name.startswith("__i") or name == "__setitem__"
+    in_place = in_place or (name.endswith("_") and not name.endswith("__") and module != "_operator")  # not and_, or_
     in_place = in_place or node.kwargs.get("inplace", False) is not False
-    if getattr(node.target, "__module__", None) == "torch.nn.functional":
+    if module == "torch.nn.functional":
         in_place = in_place or any(argument is True for argument in node.args)  # F.relu(x, True)
     return _nodes_in([*(node.args[:1] if in_place else ()), node.kwargs.get("out")])
 

@@ -175,9 +175,7 @@ def test_stream_comes_word_by_word(short: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "stdout", screen.stream("out", terminal=False))
     seen: list[int] = []
     original = Progress.token
-    monkeypatch.setattr(
-        Progress, "token", lambda self: (seen.append(len(screen.text("out"))), original(self))[1]
-    )
+    monkeypatch.setattr(Progress, "token", lambda self: (seen.append(len(screen.text("out"))), original(self))[1])
     assert generate("--prompt", PROMPT, "--max-new-tokens", "8", "--quiet", model=short) == 0
     assert len(seen) == 8
     assert seen == sorted(seen) and len(set(seen)) > 4
@@ -310,9 +308,7 @@ def test_columns_fit(width: int) -> None:
     assert any(line.startswith("new line") for line in lines)
 
 
-def test_demo_of_a_wheel(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_demo_of_a_wheel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "site" / "alisa_compile" / "tools" / "demo.py"))
     assert cli.main(["demo"]) == 2
     err = capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""Options: every mistake is a typed error with what, got, expected and, where it helps, what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import alisa_compile
+from alisa_compile import AlisaConfig, AlisaError, ConfigError, NotAvailableError
+from alisa_compile.errors import CacheError, GraphError
+
+
+def test_defaults() -> None:
+    """The names and defaults that other people's scripts rely on (design section 1)."""
+    assert dataclasses.asdict(AlisaConfig()) == {
+        "sparsity": 0.8,
+        "policy": "swa",
+        "paper": False,
+        "window": 64,
+        "head_mode": "shared",
+        "sinks": 4,
+        "refresh": 32,
+        "local_fraction": 0.5,
+        "max_rows": "auto",
+        "max_length": None,
+        "kv_dtype": "auto",
+        "device_kv_budget": "auto",
+        "host_kv_budget": "auto",
+        "disk_kv_budget": 0,
+        "disk_path": None,
+        "recompute": "auto",
+        "validate": 0,
+        "inner_compiler": "inductor",
+    }
+    assert AlisaConfig.from_options(None) == AlisaConfig.from_options({}) == AlisaConfig()
+
+
+def test_frozen_and_hashable() -> None:
+    """One config may be shared: it cannot change, and equal ones are one dictionary key."""
+    config = AlisaConfig(sparsity=0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sparsity = 0.1  # type: ignore[misc]
+    assert {config: 1}[AlisaConfig.from_options({"sparsity": 0.5})] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    (("sparsty", "sparsity"), ("kv_type", "kv_dtype"), ("headmode", "head_mode"), ("disk_budget", "disk_kv_budget")),
+)
+def test_unknown_option_offers_the_nearest(name: str, nearest: str) -> None:
+    """A misspelt name is answered with the right one and the list of all."""
+    with pytest.raises(ConfigError) as caught:
+        AlisaConfig.from_options({"sparsity": 0.5, name: 1})
+    message = str(caught.value)
+    assert f"unknown option {name!r}" in message
+    assert "expected: one of sparsity, policy, paper" in message
+    assert "to fix: did you mean" in message and repr(nearest) in message
+
+
+def test_unknown_option_like_nothing() -> None:
+    """A name that resembles none points at the documentation."""
+    with pytest.raises(ConfigError, match=r"unknown option 'qqqq'.*to fix: see AlisaConfig's docstring"):
+        AlisaConfig.from_options({"qqqq": 1})
+
+
+@pytest.mark.parametrize("value", (1, 1.0, -0.01, 2, float("nan"), float("inf"), True, "0.5", None))
+def test_sparsity_out_of_range(value: Any) -> None:
+    """Sparsity is a number in [0, 1)."""
+    with pytest.raises(ConfigError) as caught:
+        AlisaConfig(sparsity=value)
+    assert f"option 'sparsity' is out of range; got: {value!r}; expected: a number in [0, 1)" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", (0, 0.0, 0.5, 0.999))
+def test_sparsity_in_range(value: Any) -> None:
+    assert AlisaConfig(sparsity=value).is_sparse == (value > 0)
+
+
+WRONG: tuple[tuple[str, Any, str], ...] = (
+    ("local_fraction", 0, r"got: 0; expected: a number in \(0, 1\)"),
+    ("local_fraction", 1.0, r"expected: a number in \(0, 1\)"),
+    ("window", 1, "got: 1; expected: an integer >= 2"),
+    ("window", 8.0, r"got: 8\.0; expected: an integer >= 2"),
+    ("window", True, "got: True; expected: an integer"),
+    ("sinks", -1, "got: -1; expected: an integer >= 0"),
+    ("refresh", "often", "got: 'often'; expected: an integer >= 0"),
+    ("max_length", 0, "expected: an integer >= 1"),
+    ("max_rows", 1, "expected: an integer >= 2"),
+    ("max_rows", "all", "got: 'all'; expected: an integer"),
+    ("paper", 1, "got: 1; expected: True or False"),
+    ("policy", "swaa", "got: 'swaa'; expected: one of swa, dense, .*; to fix: did you mean 'swa'"),
+    ("head_mode", "per_head", "expected: one of shared, per_kv_head; to fix: did you mean 'per_kv_head'"),
+    ("kv_dtype", "int4", "expected: one of auto, int8; to fix: did you mean 'int8'"),
+    ("kv_dtype", None, "got: None; expected: one of auto, int8"),
+    ("recompute", "sometimes", "expected: one of auto, off, always"),
+    ("inner_compiler", "induct", "to fix: did you mean 'inductor'"),
+    ("validate", -1, "expected: an integer >= 0"),
+)
+
+
+@pytest.mark.parametrize(("name", "value", "text"), WRONG)
+def test_wrong_value(name: str, value: Any, text: str) -> None:
+    """The option is named, with the value given and those allowed."""
+    with pytest.raises(ConfigError, match=f"option '{name}' .*{text}") as caught:
+        AlisaConfig.from_options({name: value})
+    assert caught.value.got == repr(value) and caught.value.expected
+
+
+LATER: tuple[tuple[str, Any, str], ...] = (
+    ("policy", "local", "use one of swa, dense"),
+    ("policy", "strided", "use one of swa, dense"),
+    ("policy", "h2o", "use one of swa, dense"),
+    ("device_kv_budget", "2GiB", "leave it at its default"),
+    ("device_kv_budget", 0, "leave it at its default"),
+    ("host_kv_budget", 1 << 30, "leave it at its default"),
+    ("disk_kv_budget", "1GiB", "leave it at its default"),
+    ("disk_path", "/tmp", "leave it at its default"),
+    ("validate", 8, "leave it at its default"),
+    ("recompute", "always", "leave it at 'auto' or set 'off'"),
+)
+
+
+@pytest.mark.parametrize(("name", "value", "fix"), LATER)
+def test_not_available_is_refused(name: str, value: Any, fix: str) -> None:
+    """What the design has but the code has not is refused by name, never ignored."""
+    with pytest.raises(NotAvailableError) as caught:
+        AlisaConfig.from_options({name: value})
+    assert f"option {name!r} is not available yet with this value; got: {value!r}; to fix: {fix}" in str(caught.value)
+
+
+def test_every_option_is_used_or_refused() -> None:
+    """No option may be accepted and ignored: each is read somewhere outside config.py, or has only its default."""
+    refused = {name for name, _, _ in LATER if name != "policy"}
+    fields = {field.name for field in dataclasses.fields(AlisaConfig)}
+    assert refused < fields
+    sources = sorted(Path(alisa_compile.__file__).parent.rglob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sources if path.name != "config.py")
+    through_a_property = {"policy": "is_sparse", "sparsity": "keep_ratio"}
+    read = {name: through_a_property.get(name, name) for name in fields - refused}
+    ignored = sorted(name for name, used in read.items() if not re.search(rf"(config|options)\.{used}\b", text))
+    assert not ignored, f"accepted but read nowhere: {ignored}"
+
+
+def test_keep_ratio_is_the_decimal_that_was_written() -> None:
+    """1 - 0.8 is one fifth, not the nearest binary fraction."""
+    assert AlisaConfig(sparsity=0.8).keep_ratio == Fraction(1, 5)
+    assert AlisaConfig(sparsity=0.9).keep_ratio == Fraction(1, 10)
+
+
+def test_dense_policy_is_never_sparse() -> None:
+    assert not AlisaConfig(policy="dense", sparsity=0.8).is_sparse
+
+
+def test_error_types() -> None:
+    """Every error is an AlisaError and the built-in that a caller would think of."""
+    for kind, builtin in (
+        (ConfigError, ValueError),
+        (NotAvailableError, NotImplementedError),
+        (CacheError, RuntimeError),
+        (GraphError, RuntimeError),
+    ):
+        error = kind("what", got=0, expected="more", fix="do this")
+        assert isinstance(error, (AlisaError, builtin)) and issubclass(kind, AlisaError) and issubclass(kind, builtin)
+        assert str(error) == "what; got: 0; expected: more; to fix: do this"
+    assert str(AlisaError("only what")) == "only what"
