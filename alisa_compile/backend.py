@@ -5,6 +5,7 @@ Registered through the `torch_dynamo_backends` entry point alone; a decorator wo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -77,6 +78,28 @@ compile_start_listeners: list[Callable[[str], None]] = []
 compile_listeners: list[Callable[[CompileRow], None]] = []
 
 
+@dataclasses.dataclass(frozen=True)
+class StepSite:
+    """A store that a graph appends to.
+
+    pool: argument index of its pool. layers: the layers appended to; Dynamo may have broken a forward pass into several
+    graphs, and a step begins with the first layer and ends with the last. source: where the number of new tokens is
+    among the arguments, as (index, None) or (index, dimension); None = it is `constant`.
+    """
+
+    pool: int
+    layers: frozenset[int]
+    source: tuple[int, int | None] | None
+    constant: int
+
+    def new_tokens(self, args: tuple[Any, ...]) -> int:
+        """Tokens that this call appends."""
+        if self.source is None:
+            return self.constant
+        index, dim = self.source
+        return int(args[index] if dim is None else args[index].shape[dim])
+
+
 class CompiledStep:
     """What Dynamo calls: `begin_step` of each store, the compiled code, `end_step`.
 
@@ -87,7 +110,7 @@ class CompiledStep:
     def __init__(
         self,
         compiled: Callable[..., Any],
-        steps: list[tuple[int, int | None, int]],
+        steps: list[StepSite],
         sites: list[BufferSite],
         row: CompileRow,
     ) -> None:
@@ -102,19 +125,20 @@ class CompiledStep:
         if not self._steps:
             return self._compiled(*args)
         entered = []
-        for pool, source, constant in self._steps:
-            store = args[pool].alisa_store()
-            new_tokens = constant if source is None else int(args[source])
-            store.begin_step(new_tokens)
-            entered.append((store, new_tokens))
+        for step in self._steps:
+            store, new_tokens = args[step.pool].alisa_store(), step.new_tokens(args)
+            if 0 in step.layers:
+                store.begin_step(new_tokens)
+            entered.append((store, new_tokens, store.last_layer in step.layers))
         try:
             out = self._compiled(*args)
         except BaseException:
-            for store, _ in entered:
+            for store, _, _ in entered:
                 store.abort_step()
             raise
-        for store, new_tokens in entered:
-            store.end_step(new_tokens)
+        for store, new_tokens, ends in entered:
+            if ends:
+                store.end_step(new_tokens)
             store.statistics.graphs.setdefault(id(self._row), self._row)
         return out
 
@@ -142,32 +166,39 @@ def _fingerprint() -> FingerprintPass:
     return FingerprintPass(graph_pass.name for graph_pass in PIPELINE)
 
 
-def _find_steps(gm: fx.GraphModule) -> list[tuple[int, int | None, int]]:
-    """For each store in the graph: (argument index of its pool, index of the argument that is the number of new
-    tokens or None, that number if it is a constant)."""
+def _find_steps(gm: fx.GraphModule) -> list[StepSite]:
+    """One site for each store that the graph appends to."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    steps: dict[Any, tuple[int, int | None, int]] = {}
+    appends: dict[fx.Node, list[fx.Node]] = {}
     for node in gm.graph.nodes:
-        if not is_op(node, torch.ops.alisa.kv_append.default) or node.args[0] in steps:
-            continue
-        new_tokens = example(node.args[5]).shape[2]
-        if not isinstance(new_tokens, torch.SymInt):
-            steps[node.args[0]] = (placeholders.index(node.args[0]), None, int(new_tokens))
-            continue
-        wanted = compat.symbolic_expression(new_tokens)
-        sources = [
-            place
-            for place, candidate in enumerate(placeholders)
-            if isinstance(example(candidate), torch.SymInt) and compat.symbolic_expression(example(candidate)) == wanted
-        ]
-        if not sources:
-            raise AlisaError(
-                "cannot tell how many tokens a compiled step appends",
-                got=f"size {wanted} of {node.name}, which is no input of the graph",
-                fix="please report this with the model's class; meanwhile use eager mode",
-            )
-        steps[node.args[0]] = (placeholders.index(node.args[0]), sources[0], 0)
-    return list(steps.values())
+        if is_op(node, torch.ops.alisa.kv_append.default):
+            appends.setdefault(node.all_input_nodes[0], []).append(node)
+    sites = []
+    for pool, nodes in appends.items():
+        new_tokens = example(nodes[0].args[5]).shape[2]
+        layers = frozenset(int(str(node.args[10])) for node in nodes)
+        source = None if isinstance(new_tokens, int) else _input_of_size(placeholders, new_tokens, nodes[0])
+        constant = new_tokens if isinstance(new_tokens, int) else 0
+        sites.append(StepSite(placeholders.index(pool), layers, source, constant))
+    return sites
+
+
+def _input_of_size(placeholders: list[fx.Node], size: torch.SymInt, append: fx.Node) -> tuple[int, int | None]:
+    """Which argument holds a symbolic size: (its index, None) for an integer, (its index, dimension) for a tensor."""
+    wanted = compat.symbolic_expression(size)
+    for place, candidate in enumerate(placeholders):
+        value = example(candidate)
+        if isinstance(value, torch.SymInt) and compat.symbolic_expression(value) == wanted:
+            return place, None
+        if isinstance(value, torch.Tensor):
+            for dim, length in enumerate(value.shape):
+                if compat.symbolic_expression(length) == wanted:
+                    return place, dim
+    raise AlisaError(
+        "cannot tell how many tokens a compiled step appends",
+        got=f"size {wanted} of {append.name}, which is no input of the graph",
+        fix="please report this with the model's class; meanwhile use eager mode",
+    )
 
 
 def _stage(gm: fx.GraphModule) -> str:

@@ -121,7 +121,7 @@ class AlisaLayer(CacheLayerMixin):
     def finish_eager_step(self, new_tokens: int) -> None:
         """Host bookkeeping once the last layer of a forward pass has run."""
         assert self.store is not None
-        if self.index == self.store.shape.num_layers - 1:
+        if self.index == self.store.last_layer:
             self.store.end_step(new_tokens)
 
     def _check_rows(self, store: TokenStore, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -180,6 +180,11 @@ class TokenStore:
         self.rows[..., : rows.shape[-1]] = rows
         self.counts.copy_(counts)
 
+    @property
+    def last_layer(self) -> int:
+        """The layer whose append ends a step."""
+        return self.shape.num_layers - 1
+
     def begin_step(self, new_tokens: int) -> None:
         """Host work before the ops of a forward pass run."""
         if self.host_length + new_tokens > self.capacity:
