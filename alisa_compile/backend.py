@@ -5,6 +5,7 @@ Registered through the `torch_dynamo_backends` entry point alone; a decorator wo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -54,15 +55,46 @@ def alisa(
     )
     for skip in outcome.skipped:
         logger.info("attention %s (layer %s) stays dense: %s", skip.node, skip.layer, skip.reason)
+        if skip.layer is not None:
+            _warn_once(f"attention over an AlisaCache stays dense: {skip.reason}")
+    detached = bool(steps) and _wants_gradients(example_inputs)
+    if detached:
+        _warn_once(
+            "gradients cannot flow through an AlisaCache, so what this compiled model returns has none; "
+            "call it under torch.no_grad()"
+        )
+        _keep_gradients_off(gm)
     sites = rewrite_static_buffers.sites(gm)
     extra = [tensor for site in sites if site.scores_shape for tensor in _example_scores(site, example_inputs)]
-    compiled = _compile(gm, [*example_inputs, *extra], config, mode)
+    with torch.no_grad() if detached else contextlib.nullcontext():
+        compiled = _compile(gm, [*example_inputs, *extra], config, mode)
+    if detached:
+        compiled = torch.no_grad()(compiled)
     seconds = time.perf_counter() - started
     logger.info("compiled the %s graph in %.1f s", stage, seconds)
     row = CompileRow(stage, outcome.rewritten, outcome.skipped, seconds)
     for listener in compile_listeners:
         listener(row)
     return CompiledStep(compiled, steps, sites, row)
+
+
+def _wants_gradients(example_inputs: list[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
+
+
+def _keep_gradients_off(gm: fx.GraphModule) -> None:
+    """Remove the model's own switches, such as a no_grad around its rotary embedding, which turn them on at its end."""
+    for node in list(gm.graph.nodes):
+        if node.target is compat.GRAD_MODE_SWITCH:
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _example_scores(site: BufferSite, example_inputs: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:

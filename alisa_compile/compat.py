@@ -40,6 +40,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+GRAD_MODE_SWITCH = torch._C._set_grad_enabled  # what Dynamo records for torch.no_grad() inside a model
 BUILTIN_PAD = torch._C._nn.pad  # what Dynamo records for `F.pad`
 
 

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import AlisaError
-from .cache import AlisaLayer
+from .cache import AlisaLayer, refuse_gradients
 
 NAME = "alisa"
 
@@ -50,7 +50,10 @@ def alisa_attention(
     if dropout != 0.0:
         raise AlisaError("AlisaCache is for inference", got="attention dropout", fix="call model.eval() first")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_heads = _attend(layer, query, key, value, attention_mask, scale)
+    with torch.no_grad():
+        out_heads = _attend(layer, query, key, value, attention_mask, scale)
+    if torch.is_grad_enabled() and query.requires_grad:
+        out_heads = refuse_gradients(out_heads, query)
     return out_heads.transpose(1, 2).contiguous(), None
 
 

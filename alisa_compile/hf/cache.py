@@ -92,7 +92,11 @@ class AlisaLayer(CacheLayerMixin):
                 store.padded,
             )
             return keys, values
-        return self._eager_update(store, key_states, value_states)
+        with torch.no_grad():
+            keys, values = self._eager_update(store, key_states, value_states)
+        if torch.is_grad_enabled() and key_states.requires_grad and keys is not key_states:
+            keys, values = refuse_gradients(keys, key_states), refuse_gradients(values, value_states)
+        return keys, values
 
     def _eager_update(
         self, store: TokenStore, key_states: torch.Tensor, value_states: torch.Tensor
@@ -316,6 +320,27 @@ class AlisaCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all stores."""
         return sum(store.nbytes for store in self.stores)
+
+
+class _RefuseGradients(torch.autograd.Function):
+    """Identity whose backward is an error: gradients of what is stored are gone, and zeros would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise CacheError(
+            "gradients cannot flow through an AlisaCache",
+            fix="train without a cache, or with transformers' DynamicCache; for inference use torch.no_grad()",
+        )
+
+
+def refuse_gradients(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`tensor`, which depends on `source` in a way that autograd has not seen."""
+    result: torch.Tensor = _RefuseGradients.apply(tensor, source)  # type: ignore[no-untyped-call]
+    return result
 
 
 def append(

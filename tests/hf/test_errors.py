@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import LlamaConfig
 
 import alisa_compile
-from alisa_compile import AlisaCache, AlisaError, CacheError, ConfigError, NotAvailableError
+from alisa_compile import AlisaCache, AlisaError, CacheError, ConfigError, NotAvailableError, backend
 from alisa_compile.hf import generate as hook
 from tests import support
 from tests.support import left_padded, recorded_compiles, tiny_model
@@ -218,6 +219,24 @@ def test_gradients_are_refused_by_name(stock: Any, ids: torch.Tensor) -> None:
     torch.testing.assert_close(got, stock(ids).logits, rtol=1e-4, atol=1e-4)
     assert rows[0].rewritten == 0 and len(rows[0].skipped) == 2
     assert all("gradients are enabled" in skip.reason and "torch.no_grad()" in skip.reason for skip in rows[0].skipped)
+
+
+def test_gradients_are_never_silently_wrong(stock: Any, ids: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    """Backward through an AlisaCache is an error, compiled and eager, and the compiled model said so before."""
+    backend._warn_once.cache_clear()
+    model, cache = compiled(stock, sparsity=0.0), AlisaCache(stock.config, batch_size=1, sparsity=0.0)
+    with caplog.at_level(logging.WARNING, logger="alisa_compile"):
+        for piece in (ids, ids[:, :1]):
+            assert not model(piece, past_key_values=cache).logits.requires_grad
+    assert sum("gradients cannot flow" in record.getMessage() for record in caplog.records) == 1
+    for name in ("sdpa", "alisa"):
+        stock.set_attn_implementation(name)
+        cache = AlisaCache(stock.config, sparsity=0.0)
+        stock(ids, past_key_values=cache)
+        loss = stock(ids[:, :1], past_key_values=cache).logits.sum()
+        with pytest.raises(CacheError, match=r"gradients cannot flow.*torch\.no_grad"):
+            loss.backward()
+    assert not any(tensor.requires_grad for tensor in cache.stores[0].tensors())
 
 
 @torch.no_grad()
