@@ -25,6 +25,7 @@ __all__ = [
     "compile_eager",
     "compile_inductor",
     "copy_graph",
+    "fake_tensors",
     "generous_recompile_limit",
     "is_higher_order",
     "is_written",
@@ -87,6 +88,15 @@ def post_grad_passes_with(own: CustomGraphPass) -> dict[str, Any]:
     present = inductor_config.post_grad_custom_post_pass
     others = () if present is None else tuple(present) if isinstance(present, (list, tuple)) else (present,)
     return {"post_grad_custom_post_pass": (*others, own) if others else own}
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Inside, operations compute shapes and dtypes only; real parameters may take part."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

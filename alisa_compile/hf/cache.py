@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -12,12 +13,15 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from .. import compat
 from ..config import AlisaConfig
 from ..errors import CacheError, NotAvailableError
 from ..kernels.quantize_row import quantize_row
 from ..runtime.store import StoreShape, TokenStore
 
 logger = logging.getLogger(__name__)
+
+KVShapes = Sequence["tuple[int, int] | None"]
 
 _INITIAL_CAPACITY = 256  # of a cache used without a known horizon; it doubles as it fills
 
@@ -208,6 +212,7 @@ class AlisaCache(Cache):
     config: the model's config; layers of other kinds than full attention keep transformers' own classes.
     batch_size, dtype, device: given, storage is allocated at once, which a model compiled with
         `model.compile(backend="alisa")` needs; otherwise at first use.
+    kv_shapes: KV heads and head_dim of each layer (`observe_kv_shapes(model)`), for models whose config does not tell.
     options: see `AlisaConfig`.
 
     A cache is for inference with one model and one batch size. `reset()` empties it and keeps its storage.
@@ -220,14 +225,14 @@ class AlisaCache(Cache):
         batch_size: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        kv_shapes: KVShapes | None = None,
         **options: Any,
     ) -> None:
         self.options = AlisaConfig.from_options(options)
         self.decoder_config = config.get_text_config(decoder=True)
-        super().__init__(layers=_build_layers(self.decoder_config))
         self.stores: list[TokenStore] = []
-        for layer in self.managed_layers:
-            layer.owner = weakref.ref(self)
+        super().__init__(layers=[])
+        self.fit(kv_shapes)
         reason = why_unmanaged(self.decoder_config, self.layers)
         if reason is not None:
             raise CacheError(
@@ -237,6 +242,18 @@ class AlisaCache(Cache):
             )
         if batch_size is not None:
             self.allocate(batch_size, dtype=dtype, device=device)
+
+    def fit(self, kv_shapes: KVShapes | None) -> None:
+        """Set the layers' K and V shapes, before storage exists (None: those of the config)."""
+        self.kv_shapes = kv_shapes
+        self.layers = build_layers(self.decoder_config, kv_shapes)
+        for layer in self.managed_layers:
+            layer.owner = weakref.ref(self)
+
+    @property
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """KV heads and head_dim of each managed layer."""
+        return [(layer.kv_heads, layer.head_dim) for layer in self.managed_layers]
 
     @property
     def managed_layers(self) -> list[AlisaLayer]:
@@ -290,7 +307,7 @@ class AlisaCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AlisaCache:
         """A copy with its own storage, for continuing one prompt in several ways."""
-        copy = AlisaCache(self.decoder_config, **dataclasses.asdict(self.options))
+        copy = AlisaCache(self.decoder_config, kv_shapes=self.kv_shapes, **dataclasses.asdict(self.options))
         if self.is_allocated:
             copy.adopt([store.copy() for store in self.stores])
         for index, layer in enumerate(self.layers):
@@ -374,25 +391,49 @@ def append(
     )
 
 
-def _build_layers(config: PreTrainedConfig) -> list[Any]:
+def build_layers(config: PreTrainedConfig, kv_shapes: KVShapes | None = None) -> list[Any]:
     """transformers' own layers for this config, with each plain full-attention layer replaced by ours."""
     layers: list[Any] = list(DynamicCache(config=config).layers)
     per_layer = getattr(config, "per_layer_config", None) or [config] * len(layers)
     for index, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
             continue
-        shape = _kv_shape(per_layer[index])
+        shape = _kv_shape(per_layer[index]) if kv_shapes is None else kv_shapes[index]
         if shape is not None:
             layers[index] = AlisaLayer(*shape)
     return layers
 
 
-def why_unmanaged(config: PreTrainedConfig, layers: list[Any] | None = None) -> str | None:
+def observe_kv_shapes(model: Any) -> KVShapes | None:
+    """KV heads and head_dim of each cache layer as the model really makes them; None if that cannot be found out.
+
+    A config does not always tell: Falcon's multi-query heads are one head in some versions and already broadcast in
+    others. Runs the model's forward on one token with fake tensors, which computes shapes only.
+    """
+    config = model.config.get_text_config(decoder=True)
+    try:
+        with torch.no_grad(), compat.fake_tensors():
+            cache = DynamicCache(config=config)
+            tokens = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+            model.forward(input_ids=tokens, past_key_values=cache, use_cache=True)
+    except Exception as error:  # whatever a model does that fake tensors cannot: the config has to do
+        logger.debug("could not observe K and V of %s: %r", type(model).__name__, error)
+        return None
+    return [_stored_shape(layer) for layer in cache.layers]
+
+
+def _stored_shape(layer: Any) -> tuple[int, int] | None:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if keys is None or values is None or keys.dim() != 4 or keys.shape != values.shape:
+        return None
+    return int(keys.shape[1]), int(keys.shape[3])
+
+
+def why_unmanaged(config: PreTrainedConfig, layers: list[Any]) -> str | None:
     """Why an AlisaCache would hold no layer of a model that has attention; None if it holds one.
 
     A model without any attention is an error: there is nothing that this package could do for it.
     """
-    layers = layers or _build_layers(config.get_text_config(decoder=True))
     if any(isinstance(layer, AlisaLayer) for layer in layers):
         return None
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"

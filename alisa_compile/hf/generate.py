@@ -29,9 +29,11 @@ from ..config import AlisaConfig
 from ..errors import CacheError
 from ..runtime.report import CompileRow
 from ..runtime.store import TokenStore
-from .cache import AlisaCache, why_unmanaged
+from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged
 
 logger = logging.getLogger(__name__)
+
+_REWRITTEN = ("sdpa", "alisa")  # attention implementations whose graph holds scaled_dot_product_attention
 
 
 @dataclasses.dataclass
@@ -40,6 +42,7 @@ class Session:
 
     config: AlisaConfig
     forward: Callable[..., Any]
+    kv_shapes: KVShapes | None  # of the model's layers, as observed
     graphs: dict[int, CompileRow] = dataclasses.field(default_factory=dict)
     stores: list[TokenStore] = dataclasses.field(default_factory=list)  # of the latest call, kept for the next
     holder: weakref.ref[AlisaCache] | None = None  # the cache that owns them, while anybody still has it
@@ -136,7 +139,7 @@ def _new_session(module: Any) -> Session:
     # Dynamo counts recompilations per code object; a code object of its own keeps models from sharing that count.
     entry = types.FunctionType(_call_model.__code__.replace(), globals(), "alisa_forward")
     compiled = torch.compile(entry, backend=alisa, **kwargs)
-    return Session(config, compiled)
+    return Session(config, compiled, observe_kv_shapes(module._orig_mod))
 
 
 def _call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,7 +244,7 @@ def _provide_cache(
 ) -> None:
     """Put an AlisaCache for this request into `model_kwargs`, unless the request asks for something else."""
     given = model_kwargs.get("past_key_values")
-    reason = _reason_to_stay_out(call.model, given, generation_config, mode)
+    reason = _reason_to_stay_out(call, given, generation_config, mode)
     if reason is not None:
         if reason not in call.session.warned:
             call.session.warned.add(reason)
@@ -257,7 +260,7 @@ def _provide_cache(
         model_kwargs["past_key_values"] = given
         history_padded = False
     else:
-        history_padded = _check_given(call.model, given, sequences, capacity)
+        history_padded = _check_given(call, given, sequences, capacity)
     for store in given.stores:
         store.padded = padded or history_padded
     call.cache = given
@@ -275,7 +278,8 @@ def _provide_cache(
         )
 
 
-def _reason_to_stay_out(model: Any, given: Any, generation_config: Any, mode: Any) -> str | None:
+def _reason_to_stay_out(call: _Call, given: Any, generation_config: Any, mode: Any) -> str | None:
+    model = call.model
     if model.config.is_encoder_decoder:
         return "encoder-decoder models are not supported"
     if generation_config.use_cache is False:
@@ -286,20 +290,30 @@ def _reason_to_stay_out(model: Any, given: Any, generation_config: Any, mode: An
         return f"cache_implementation={generation_config.cache_implementation!r} was asked for"
     if generation_config.output_attentions:
         return "output_attentions=True needs attention weights, which fused attention does not return"
+    if given is not None:
+        return None
     name = str(getattr(mode, "value", mode))
-    if given is None and ("beam" in name or "assisted" in name):
+    if "beam" in name or "assisted" in name:
         return f"{name.replace('_', ' ')} is not available yet with AlisaCache"
-    if given is None and generation_config.is_assistant:
+    if generation_config.is_assistant:
         return "an assistant model has to roll its cache back"
-    if given is None and not model._supports_default_dynamic_cache():
+    if not model._supports_default_dynamic_cache():
         return "this model keeps its state in a cache class of its own"
-    return None if given is not None else why_unmanaged(model.config)
+    config = model.config.get_text_config(decoder=True)
+    reason = why_unmanaged(config, build_layers(config, call.session.kv_shapes))
+    implementation = getattr(config, "_attn_implementation", None)
+    if reason is None and implementation not in _REWRITTEN:
+        return (
+            f"attn_implementation={implementation!r} does not call scaled_dot_product_attention "
+            f"(this works with {' or '.join(map(repr, _REWRITTEN))})"
+        )
+    return reason
 
 
 def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
     """A new cache, on the storage of the previous call if nobody holds that any more and it fits."""
     model, session = call.model, call.session
-    cache = AlisaCache(model.config, **dataclasses.asdict(session.config))
+    cache = AlisaCache(model.config, kv_shapes=session.kv_shapes, **dataclasses.asdict(session.config))
     with _lock:  # two threads must not take the same storage
         _sweep(session)
         stores, session.stores = session.stores, []
@@ -328,15 +342,20 @@ def _sweep(session: Session) -> None:
         gc.collect()
 
 
-def _check_given(model: Any, cache: AlisaCache, sequences: int, capacity: int) -> bool:
+def _check_given(call: _Call, cache: AlisaCache, sequences: int, capacity: int) -> bool:
     """A user's own cache: it must fit the model and the batch. Returns whether its history has padding."""
-    expected = AlisaCache(model.config)
-    shapes = [[(layer.kv_heads, layer.head_dim) for layer in c.managed_layers] for c in (cache, expected)]
-    if shapes[0] != shapes[1]:
+    model, observed = call.model, call.session.kv_shapes
+    by_config, by_model = (
+        AlisaCache(model.config).layer_shapes,
+        AlisaCache(model.config, kv_shapes=observed).layer_shapes,
+    )
+    if not cache.is_allocated and cache.layer_shapes == by_config != by_model:
+        cache.fit(observed)
+    if cache.layer_shapes != by_model:
         raise CacheError(
             "this AlisaCache was built from another config",
-            got=f"{len(shapes[0])} layers, first of (KV heads, head_dim) = {shapes[0][0]}",
-            expected=f"{len(shapes[1])} layers, first of {shapes[1][0]}",
+            got=f"{len(cache.layer_shapes)} layers, first of (KV heads, head_dim) = {cache.layer_shapes[0]}",
+            expected=f"{len(by_model)} layers, first of {by_model[0]}",
             fix="build it as AlisaCache(model.config, ...) from this model",
         )
     if not cache.is_allocated:

@@ -282,6 +282,15 @@ def _describe(conditions: frozenset[Condition]) -> str:
     return " and ".join(names) or "no condition"
 
 
+def _view(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
+    """A view of the padding mask in its own shape (GPT-2 flattens a mask that may have had more dimensions)."""
+    value = _evaluate(node.args[0], known)
+    before, after = ([symbolic_expression(size) for size in example(n).shape] for n in (node.args[0], node))
+    if not isinstance(value, Padding) or before != after:
+        raise Refusal("its mask is reshaped")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """How to evaluate a call, and the calls it understands: any other argument may change the meaning."""
@@ -313,6 +322,8 @@ _METHODS: dict[Any, _Rule] = {
     "to": _Rule(_cast, 1, _ANY, frozenset({"dtype", "device", "non_blocking", "copy"}) | _LAYOUT),
     "bool": _Rule(_cast, keywords=_LAYOUT),
     "expand": _Rule(_same, 1, _ANY),
+    "view": _Rule(_view, 2, _ANY),
+    "reshape": _Rule(_view, 2, _ANY),
     "contiguous": _Rule(_same, keywords=_LAYOUT),
     "clone": _Rule(_same, keywords=_LAYOUT),
     "add": _SUM,

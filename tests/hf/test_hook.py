@@ -437,7 +437,7 @@ def test_storage_is_taken_by_one_thread_only(stock: Any, ids: torch.Tensor) -> N
         def stores(self, stores: Any) -> None:
             self._found = stores
 
-    session = Meeting(used.config, used.forward, stores=used.stores)
+    session = Meeting(used.config, used.forward, used.kv_shapes, stores=used.stores)
     taken: list[int] = []
 
     def take() -> None:
