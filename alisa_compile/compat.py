@@ -51,6 +51,11 @@ def optimized_module_backend(module: torch.nn.Module) -> tuple[Any, dict[str, An
     return getattr(wrapper, "compiler_fn", None), dict(getattr(wrapper, "kwargs", {}))
 
 
+def mark_static(tensor: torch.Tensor, *dims: int) -> None:
+    """Compile for exactly these sizes, even where Dynamo has seen other ones before (in another model as well)."""
+    torch._dynamo.mark_static(tensor, list(dims))
+
+
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Ask Dynamo for a symbol in this dimension instead of a constant; sizes 0 and 1 are always constants."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -106,10 +106,10 @@ class AlisaLayer(CacheLayerMixin):
         self, store: TokenStore, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         new_tokens = key_states.shape[2]
-        total = int(store.length[self.index]) + new_tokens
-        store.reserve(total)
         if self.index == 0:
+            store.reserve(store.host_length + new_tokens)
             store.begin_step(new_tokens)
+        total = int(store.length[self.index]) + new_tokens
         append(store, self.index, key_states, value_states, None)
         cache = self._cache()
         if cache is not None and cache.attends_sparsely:

@@ -13,6 +13,7 @@ import contextvars
 import dataclasses
 import functools
 import gc
+import itertools
 import logging
 import threading
 import types
@@ -72,6 +73,7 @@ class _Installation:
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
 _current: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("alisa_generate", default=None)
 _lock = threading.RLock()
+_session_numbers = itertools.count()
 _installed: weakref.WeakKeyDictionary[torch.nn.Module, _Installation] = weakref.WeakKeyDictionary()
 
 
@@ -136,8 +138,10 @@ def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: An
 def _new_session(module: Any) -> Session:
     _, kwargs = compat.optimized_module_backend(module)
     config = AlisaConfig.from_options(kwargs.get("options"))
-    # Dynamo counts recompilations per code object; a code object of its own keeps models from sharing that count.
-    entry = types.FunctionType(_call_model.__code__.replace(), globals(), "alisa_forward")
+    # Dynamo counts recompilations per code object, and remembers sizes and scales by its name to make those that vary
+    # unknowns: with a code object and name of its own, a model is compiled as if it were the first of the process.
+    code = _call_model.__code__.replace(co_name=f"alisa_forward_{next(_session_numbers)}")
+    entry = types.FunctionType(code, globals(), "alisa_forward")
     compiled = torch.compile(entry, backend=alisa, **kwargs)
     return Session(config, compiled, observe_kv_shapes(module._orig_mod))
 
@@ -261,6 +265,10 @@ def _provide_cache(
         history_padded = False
     else:
         history_padded = _check_given(call, given, sequences, capacity)
+        if mask is not None and mask.dim() == 2 and mask.shape[0] == sequences:
+            for store in given.stores:  # a turn of one token appends its own column alone
+                known = min(store.host_length, mask.shape[1])
+                store.valid[:, :known] = mask[:, :known] != 0
     for store in given.stores:
         store.padded = padded or history_padded
     call.cache = given
@@ -392,6 +400,8 @@ def _inputs_route(model: Any) -> _Route:
             tensor = inputs.get(name)
             if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:
                 inputs[name] = tensor = tensor.contiguous()  # strides are guarded too
+                # Else a second batch size would be compiled as unknown sizes, about which the passes prove nothing.
+                compat.mark_static(tensor, *(dim for dim in range(tensor.dim()) if dim != 1))
                 if tensor.shape[1] > 1:
                     compat.mark_dynamic(tensor, 1)
         return inputs

@@ -57,6 +57,7 @@ class TokenStore:
         self.host_length = 0
         self.statistics = RunStatistics()
         self._step_started = 0.0
+        self._in_step = False
         self._allocate(capacity)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it later
@@ -89,8 +90,12 @@ class TokenStore:
         self.scores, self.rows, self.counts = scores, rows, counts
         self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
         self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
-        for tensor, dim in self.dynamic_dimensions():
-            compat.mark_dynamic(tensor, dim)
+        dynamic = [(id(tensor), dim) for tensor, dim in self.dynamic_dimensions()]
+        for tensor in self.tensors():
+            for dim in range(tensor.dim()):
+                # The others are the model's and the batch's: each has graphs of its own, however many a process meets.
+                mark = compat.mark_dynamic if (id(tensor), dim) in dynamic else compat.mark_static
+                mark(tensor, dim)
 
     @property
     def capacity(self) -> int:
@@ -144,6 +149,7 @@ class TokenStore:
             self.counts.fill_(-1)
         self.has_history = False
         self.host_length = 0
+        self._in_step = False
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, by doubling; contents are kept. Not inside a compiled step."""
@@ -187,6 +193,8 @@ class TokenStore:
 
     def begin_step(self, new_tokens: int) -> None:
         """Host work before the ops of a forward pass run."""
+        if self._in_step:  # the one before was interrupted where nobody could say so
+            self.abort_step()
         if self.host_length + new_tokens > self.capacity:
             raise CacheError(
                 "the cache is full",
@@ -196,11 +204,13 @@ class TokenStore:
                 "max_length when the cache is built",
             )
         self._step_started = time.perf_counter()
+        self._in_step = True
 
     def end_step(self, new_tokens: int) -> None:
         """Host work after the ops of a forward pass: lengths, statistics, and room for one more token."""
         self.host_length += new_tokens
         self.has_history = True
+        self._in_step = False
         self.statistics.note_step(new_tokens, self.host_length, (time.perf_counter() - self._step_started) * 1e3)
         if self.host_length >= self.capacity:
             self.reserve(self.host_length + 1)
@@ -211,8 +221,10 @@ class TokenStore:
         Layers that had finished hold a row too many, and a working set chosen for a token that is not there.
         """
         self.length.fill_(self.host_length)
+        self.valid[:, self.host_length :] = True
         if self.counts is not None:
             self.counts.fill_(-1)
+        self._in_step = False
 
     def effective_sparsity(self) -> float:
         """Share of past rows that the coming step leaves out, averaged over layers, sequences and groups."""
