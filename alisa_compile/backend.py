@@ -116,13 +116,15 @@ class StepSite:
 
     pool: argument index of its pool. layers: the layers appended to; Dynamo may have broken a forward pass into several
     graphs, and a step begins with the first layer and ends with the last. source: where the number of new tokens is
-    among the arguments, as (index, None) or (index, dimension); None = it is `constant`.
+    among the arguments, as (index, None) or (index, dimension); None = it is `constant`. sparse_layers: layers that
+    attend to their working set; the others stay dense.
     """
 
     pool: int
     layers: frozenset[int]
     source: tuple[int, int | None] | None
     constant: int
+    sparse_layers: int
 
     def new_tokens(self, args: tuple[Any, ...]) -> int:
         """Tokens that this call appends."""
@@ -161,6 +163,7 @@ class CompiledStep:
             store, new_tokens = args[step.pool].alisa_store(), step.new_tokens(args)
             if 0 in step.layers:
                 store.begin_step(new_tokens)
+            store.note_sparse_layers(step.sparse_layers)
             entered.append((store, new_tokens, store.last_layer in step.layers))
         try:
             out = self._compiled(*args)
@@ -211,7 +214,11 @@ def _find_steps(gm: fx.GraphModule) -> list[StepSite]:
         layers = frozenset(int(str(node.args[10])) for node in nodes)
         source = None if isinstance(new_tokens, int) else _input_of_size(placeholders, new_tokens, nodes[0])
         constant = new_tokens if isinstance(new_tokens, int) else 0
-        sites.append(StepSite(placeholders.index(pool), layers, source, constant))
+        sparse = sum(
+            is_op(node, torch.ops.alisa.swa_attention.default) and node.args[1] is pool and node.args[6] is not None
+            for node in gm.graph.nodes
+        )
+        sites.append(StepSite(placeholders.index(pool), layers, source, constant, sparse))
     return sites
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "is_written",
     "load_cpp_library",
     "mark_dynamic",
+    "mark_static",
     "name_input_source",
     "optimized_module_backend",
     "post_grad_passes_with",

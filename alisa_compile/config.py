@@ -30,7 +30,7 @@ class AlisaConfig:
     refresh: every this many steps a layer attends to everything once, so that dropped tokens can return; 0 = never.
     local_fraction: share of the kept rows reserved for the most recent tokens.
     max_rows: cap on the kept rows; `auto` = grow with the context until a device budget caps it; None = never.
-    max_length: horizon in tokens; default: what `generate` knows, else `max_position_embeddings`.
+    max_length: tokens to make room for; default: what `generate` knows, else a small start that doubles.
     kv_dtype: `auto` (the model's dtype) or `int8` (symmetric, one float32 scale per token and KV head).
     device_kv_budget, host_kv_budget, disk_kv_budget, disk_path, recompute: tiers; only their defaults are available.
     validate: decode steps checked against dense attention; only 0 is available.

@@ -75,6 +75,7 @@ def _attend(
         store.valid[:, :width] = padding_mask[:, :total] != 0
     valid = store.valid if padding_mask is not None or store.host_length else None
     if new_tokens == 1:
+        store.note_sparse_layers(int(bool(store.spec)))
         out, mass = ops.swa_attention(
             query,
             store.pool,

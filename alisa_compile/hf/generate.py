@@ -265,10 +265,6 @@ def _provide_cache(
         history_padded = False
     else:
         history_padded = _check_given(call, given, sequences, capacity)
-        if mask is not None and mask.dim() == 2 and mask.shape[0] == sequences:
-            for store in given.stores:  # a turn of one token appends its own column alone
-                known = min(store.host_length, mask.shape[1])
-                store.valid[:, :known] = mask[:, :known] != 0
     for store in given.stores:
         store.padded = padded or history_padded
     call.cache = given

@@ -424,8 +424,12 @@ void kv_append(StableIValue* stack, uint64_t, uint64_t) {
     require(mask.size[1] >= end, "alisa: the padding mask is shorter than the tokens stored");
     for (int64_t b = 0; b < valid.size[0]; ++b) {
       const char* row = mask.data<char>() + bytes_of(mask.type) * b * mask.stride[0];
-      for (int64_t c = key.size[2] == 1 ? start : 0; c < end; ++c) {
-        bits[b * capacity + c] = to_double(row, mask.type, c * mask.stride[1]) != 0;
+      bool* out = bits + b * capacity;
+      if (mask.type == Type::kInt64 && mask.stride[1] == 1) {  // what tokenizers make, for every step of a padded batch
+        const int64_t* values = reinterpret_cast<const int64_t*>(row);
+        for (int64_t c = 0; c < end; ++c) out[c] = values[c] != 0;
+      } else {
+        for (int64_t c = 0; c < end; ++c) out[c] = to_double(row, mask.type, c * mask.stride[1]) != 0;
       }
     }
   }

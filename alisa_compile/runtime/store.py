@@ -58,6 +58,7 @@ class TokenStore:
         self.statistics = RunStatistics()
         self._step_started = 0.0
         self._in_step = False
+        self._sparse_layers = 0
         self._allocate(capacity)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it later
@@ -205,13 +206,19 @@ class TokenStore:
             )
         self._step_started = time.perf_counter()
         self._in_step = True
+        self._sparse_layers = 0
+
+    def note_sparse_layers(self, count: int) -> None:
+        """So many layers of this step attend to their working set; the report must not claim it of the others."""
+        self._sparse_layers += count
 
     def end_step(self, new_tokens: int) -> None:
         """Host work after the ops of a forward pass: lengths, statistics, and room for one more token."""
         self.host_length += new_tokens
         self.has_history = True
         self._in_step = False
-        self.statistics.note_step(new_tokens, self.host_length, (time.perf_counter() - self._step_started) * 1e3)
+        elapsed_ms = (time.perf_counter() - self._step_started) * 1e3
+        self.statistics.note_step(new_tokens, self.host_length, self._sparse_layers, elapsed_ms)
         if self.host_length >= self.capacity:
             self.reserve(self.host_length + 1)
 
@@ -238,13 +245,13 @@ class TokenStore:
 
         Padding is not subtracted: in a padded batch the shorter rows keep a little less.
         """
-        if self.selection is None:
-            return [0.0] * len(self.statistics.decode_lengths)
-        return [self._sparsity_at(length) for length in self.statistics.decode_lengths]
+        steps = zip(self.statistics.decode_lengths, self.statistics.decode_sparse_layers, strict=True)
+        return [self._sparsity_at(length, sparse_layers) for length, sparse_layers in steps]
 
-    def _sparsity_at(self, length: int) -> float:
-        assert self.selection is not None
+    def _sparsity_at(self, length: int, sparse_layers: int) -> float:
+        if self.selection is None:
+            return 0.0
         layers = self.shape.num_layers
         dense = sum(self.selection.is_refresh_step(length, layer) for layer in range(layers))
         kept = self.selection.local_rows(length) + self.selection.dynamic_rows(length)
-        return float((layers - dense) / layers * (1 - kept / length))
+        return float(max(0, sparse_layers - dense) / layers * (1 - kept / length))

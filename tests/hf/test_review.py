@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import alisa_compile
 from alisa_compile import AlisaCache
-from tests.support import compiled, tiny_model
+from tests.support import compiled, left_padded, tiny_model
 
 
 @torch.no_grad()
@@ -78,3 +78,36 @@ def test_a_turn_of_one_token_may_restate_the_mask_of_its_history() -> None:
             )
         )
     assert torch.equal(*outputs)
+
+
+def test_report_counts_sparse_layers_only() -> None:
+    """Layers that were left dense do not count as sparse, nor does eager attention that reads everything."""
+    stock = tiny_model("llama")
+    prompt, mask = left_padded(1, 40)
+    model = compiled(stock, "eager", sparsity=0.8, refresh=0)
+    model.generate(prompt, attention_mask=mask, max_new_tokens=6)
+    assert 0.75 < alisa_compile.report(model).effective_sparsity < 0.85
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(disabled_passes="alisa_rewrite_attention"):
+        dense = compiled(stock, "eager", sparsity=0.8, refresh=0)
+        dense.generate(prompt, attention_mask=mask, max_new_tokens=6)
+    assert alisa_compile.report(dense).effective_sparsity == 0.0
+    cache = AlisaCache(stock.config, sparsity=0.8)
+    stock.generate(prompt, attention_mask=mask, max_new_tokens=6, past_key_values=cache)
+    assert alisa_compile.report(cache).effective_sparsity == 0.0
+
+
+@torch.no_grad()
+def test_decode_step_may_mask_history() -> None:
+    """A plain forward of one token whose mask leaves out history that was visible before equals stock."""
+    stock = tiny_model("llama")
+    ids, _ = left_padded(1, 12)
+    cache = AlisaCache(stock.config, batch_size=1, sparsity=0.0)
+    model, expected = compiled(stock, "eager", sparsity=0.0), DynamicCache(config=stock.config)
+    for start, end, hidden in ((0, 11, 0), (11, 12, 4)):
+        mask = torch.ones(1, end, dtype=torch.int64)
+        mask[:, 2 : 2 + hidden] = 0
+        inputs = {"attention_mask": mask, "position_ids": torch.arange(start, end)[None]}
+        got = model(ids[:, start:end], past_key_values=cache, **inputs).logits
+        want = stock(ids[:, start:end], past_key_values=expected, **inputs).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -20,9 +20,8 @@ def kv_append(
 
     pool: `[N, 2, P, D]` (K then V), scales: `[N, 2, P]` float32 or None, table: `[L, B, G, C]` int32 slot of each
     position, length: `[L]` int64, valid: `[B, C]` bool. key, value: `[B, G * P, T, D]` in the pool's dtype, key_scale,
-    value_scale: `[B, G * P, T]`. padding_mask: `[B, length + T]`, nonzero = a real token; only columns of new tokens
-    are read when T is 1, all of them otherwise, so that a turn may re-state the mask of its history. None leaves
-    `valid` alone. The caller makes sure that `length + T <= C`.
+    value_scale: `[B, G * P, T]`.padding_mask: `[B, length + T]`, nonzero = a real token; all columns are read, so that any
+    forward pass may re-state the mask of its history. None leaves `valid` alone. The caller makes sure that `length + T <= C`.
     """
     new_tokens = key.shape[2]
     start = int(length[layer])
@@ -32,8 +31,7 @@ def kv_append(
     if scales is not None and key_scale is not None and value_scale is not None:
         scales.index_copy_(0, slots, _rows(key_scale, value_scale, table.shape[2], scales.dtype))
     if padding_mask is not None:
-        first = start if new_tokens == 1 else 0
-        valid[:, first:end] = padding_mask[:, first:end] != 0
+        valid[:, :end] = padding_mask[:, :end] != 0
     length[layer] = end
 
 
