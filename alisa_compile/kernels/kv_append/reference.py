@@ -20,8 +20,9 @@ def kv_append(
 
     pool: `[N, 2, P, D]` (K then V), scales: `[N, 2, P]` float32 or None, table: `[L, B, G, C]` int32 slot of each
     position, length: `[L]` int64, valid: `[B, C]` bool. key, value: `[B, G * P, T, D]` in the pool's dtype, key_scale,
-    value_scale: `[B, G * P, T]`.padding_mask: `[B, length + T]`, nonzero = a real token; all columns are read, so that any
-    forward pass may re-state the mask of its history. None leaves `valid` alone. The caller makes sure that `length + T <= C`.
+    value_scale: `[B, G * P, T]`. padding_mask: `[B, length + T]`, nonzero = a real token; all columns are read, so that
+    any forward pass may re-state the mask of its history. None leaves `valid` alone. The caller makes sure that
+    `length + T <= C`.
     """
     new_tokens = key.shape[2]
     start = int(length[layer])
