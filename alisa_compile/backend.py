@@ -24,7 +24,7 @@ from .passes.base import example, is_op
 from .passes.pipeline import PIPELINE, run_pipeline
 from .passes.rewrite_static_buffers import BufferSite
 from .passes.uuid import FingerprintPass
-from .runtime.buffers import forget_scores, scores_of
+from .runtime.buffers import forget_scores, new_scores, scores_of
 from .runtime.report import CompileRow
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,12 @@ def alisa(
         )
         _keep_gradients_off(gm)
     sites = rewrite_static_buffers.sites(gm)
-    extra = [tensor for site in sites if site.scores_shape for tensor in _example_scores(site, example_inputs)]
+    extra = [
+        tensor
+        for site in sites
+        if site.scores_shape is not None
+        for tensor in new_scores(site.scores_shape, site.dtype, example_inputs[site.buffer].device)
+    ]
     with torch.no_grad() if detached else contextlib.nullcontext():
         compiled = _compile(gm, [*example_inputs, *extra], config, mode)
     if detached:
@@ -95,14 +100,6 @@ def _keep_gradients_off(gm: fx.GraphModule) -> None:
 @functools.lru_cache(maxsize=256)
 def _warn_once(text: str) -> None:
     logger.warning(text)
-
-
-def _example_scores(site: BufferSite, example_inputs: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    assert site.scores_shape is not None
-    device = example_inputs[site.buffer].device
-    return torch.zeros(site.scores_shape, dtype=site.dtype, device=device), torch.zeros(
-        1, dtype=torch.int64, device=device
-    )
 
 
 #: Called with the stage before each compilation and with a CompileRow after it; tools show progress so.

@@ -139,12 +139,7 @@ class AlisaLayer(CacheLayerMixin):
             if got == expected:
                 continue
             if got[0] != expected[0]:
-                raise CacheError(
-                    "this AlisaCache was filled with another batch size",
-                    got=f"batch size {got[0]}",
-                    expected=f"batch size {expected[0]}",
-                    fix="make a new AlisaCache for the new batch",
-                )
+                raise wrong_batch_size(got[0], expected[0])
             raise CacheError(
                 f"{name} of this model does not fit this AlisaCache",
                 got=f"{got[1]} heads of head_dim {got[2]}",
@@ -358,6 +353,16 @@ def refuse_gradients(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor
     """`tensor`, which depends on `source` in a way that autograd has not seen."""
     result: torch.Tensor = _RefuseGradients.apply(tensor, source)  # type: ignore[no-untyped-call]
     return result
+
+
+def wrong_batch_size(got: int, expected: int) -> CacheError:
+    """A cache that holds one batch size is used with another."""
+    return CacheError(
+        "this AlisaCache was filled with another batch size",
+        got=f"batch size {got}",
+        expected=f"batch size {expected}",
+        fix="make a new AlisaCache for the new batch",
+    )
 
 
 def append(

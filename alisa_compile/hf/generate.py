@@ -30,7 +30,7 @@ from ..config import AlisaConfig
 from ..errors import CacheError
 from ..runtime.report import CompileRow
 from ..runtime.store import TokenStore
-from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged
+from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged, wrong_batch_size
 
 logger = logging.getLogger(__name__)
 
@@ -367,12 +367,7 @@ def _check_given(call: _Call, cache: AlisaCache, sequences: int, capacity: int) 
         return False
     held = cache.stores[0].shape.batch_size
     if held != sequences:
-        raise CacheError(
-            "this AlisaCache was filled with another batch size",
-            got=f"batch size {sequences}",
-            expected=f"batch size {held}",
-            fix="make a new AlisaCache for the new batch",
-        )
+        raise wrong_batch_size(sequences, held)
     cache.reserve(capacity)
     return any(store.has_history and not bool(store.valid.all()) for store in cache.stores)
 

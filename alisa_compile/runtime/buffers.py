@@ -7,6 +7,11 @@ import torch
 _ATTRIBUTE = "alisa_scores"
 
 
+def new_scores(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty scores of this shape, and a count of rows scored `[1]` that is 0."""
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+
+
 def scores_of(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores `[B, G, R, N]` and the number of rows scored `[1]` of a K buffer, made on first use.
 
@@ -14,8 +19,7 @@ def scores_of(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) 
     """
     held: tuple[torch.Tensor, torch.Tensor] | None = getattr(buffer, _ATTRIBUTE, None)
     if held is None or held[0].shape != shape or held[0].device != buffer.device:
-        scores = torch.zeros(shape, dtype=dtype, device=buffer.device)
-        held = (scores, torch.zeros(1, dtype=torch.int64, device=buffer.device))
+        held = new_scores(shape, dtype, buffer.device)
         setattr(buffer, _ATTRIBUTE, held)
     return held
 
