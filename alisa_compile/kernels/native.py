@@ -1,7 +1,7 @@
 """C++ kernels of the decode step on CPU: built at the first call that can use them, by torch's own toolchain.
 
-`native.cpp` registers itself for CPU tensors below Python, so later calls never come here. Torch's cache directory
-keeps the build. Where nothing can be built the plain-torch references serve, with one warning. ALISA_NATIVE=0 in the
+Each op's folder has its `native.cpp`; together they are one library, which registers itself for CPU tensors below
+Python, so later calls never come here. Torch's cache directory keeps the build. Where nothing can be built the plain-torch references serve, with one warning. ALISA_NATIVE=0 in the
 environment forces the references; once the kernels are registered they stay.
 """
 
@@ -20,7 +20,7 @@ from alisa_compile.compat import load_cpp_library  # absolute: mypy also sees th
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_FOLDER = Path(__file__).parent
 _lock = threading.Lock()
 _registered: bool | None = None  # None = not tried yet
 
@@ -48,9 +48,16 @@ def register_native() -> bool:
         return _registered
 
 
+def native_source() -> str:
+    """The C++ of all kernels as one text: the compile cache is keyed by the text, and would not see included files."""
+    files = (_FOLDER / "native.h", *sorted(_FOLDER.glob("*/native.cpp")), _FOLDER / "register.cpp")
+    lines = (line for file in files for line in file.read_text().splitlines())
+    return "\n".join(line for line in lines if not line.startswith(('#include "', "#pragma once"))) + "\n"
+
+
 def _try_register() -> bool:
     try:
-        status = load_cpp_library(_SOURCE.read_text()).alisa_register()
+        status = load_cpp_library(native_source()).alisa_register()
         if status != 0:
             raise RuntimeError("torch refused to register the kernels")
     except Exception as error:  # whatever a broken toolchain may raise must not stop a model that can run without it

@@ -76,6 +76,6 @@ def test_pass_names_count(package: Path) -> None:
 def test_the_backend_uses_it_for_the_whole_package() -> None:
     """The pass that Inductor gets hashes this package's kernels too, with the names of the pipeline."""
     root = Path(alisa_compile.__file__).parent
-    assert (root / "kernels" / "native.cpp").exists()
+    assert (root / "kernels" / "native.h").exists()
     expected = package_fingerprint(root, (graph_pass.name for graph_pass in PIPELINE))
     assert backend._fingerprint().uuid() == expected

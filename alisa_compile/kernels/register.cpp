@@ -1,0 +1,12 @@
+// Registration of the CPU kernels; `native.py` puts it after them all.
+
+// Registers the kernels for CPU tensors; they stay for the life of the process. Returns 0 on success.
+extern "C" int alisa_register() {
+  TorchLibraryHandle library = nullptr;
+  if (aoti_torch_library_init_impl("alisa", "CPU", __FILE__, __LINE__, &library) != AOTI_TORCH_SUCCESS) return 1;
+  if (aoti_torch_library_impl(library, "kv_append", kv_append) != AOTI_TORCH_SUCCESS) return 1;
+  if (aoti_torch_library_impl(library, "swa_attention", swa_attention) != AOTI_TORCH_SUCCESS) return 1;
+  if (aoti_torch_library_impl(library, "kv_select", kv_select) != AOTI_TORCH_SUCCESS) return 1;
+  if (aoti_torch_library_impl(library, "kv_seed", kv_seed) != AOTI_TORCH_SUCCESS) return 1;
+  return 0;
+}
