@@ -1,8 +1,9 @@
 """C++ kernels of the decode step on CPU: built at the first call that can use them, by torch's own toolchain.
 
 Each op's folder has its `native.cpp`; together they are one library, which registers itself for CPU tensors below
-Python, so later calls never come here. Torch's cache directory keeps the build. Where nothing can be built the plain-torch references serve, with one warning. ALISA_NATIVE=0 in the
-environment forces the references; once the kernels are registered they stay.
+Python, so later calls never come here. Torch's cache directory keeps the build. Where nothing can be built the
+plain-torch references serve, with one warning. ALISA_NATIVE=0 in the environment forces the references; once the
+kernels are registered they stay.
 """
 
 from __future__ import annotations
