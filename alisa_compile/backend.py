@@ -249,5 +249,5 @@ def _stage(gm: fx.GraphModule) -> str:
         if node.op == "call_function" and node.target in by_op:
             return by_op[node.target]
         if is_op(node, torch.ops.alisa.kv_read.default):
-            return str(node.args[11])
+            return str(node.args[12])
     return "other"

@@ -56,12 +56,19 @@ class Sequence:
         return len(self.keys)
 
     def block(self, queries: Array, keys: Array, values: Array) -> Array:
-        """A prompt or a further turn, `[T, heads, D]` each: dense causal; its rows join the window."""
+        """A prompt or a further turn, `[T, heads, D]` each; its rows join the window.
+
+        Dense causal, but for a turn of at most 16 tokens: those attend to the set of its first token and to each other.
+        """
         outputs = []
+        past: Collection[int] = range(len(self))
+        if 0 < len(self) and len(queries) <= 16:
+            past = [token for token in self.globals() + self.locals() if token < len(self)]
+        start = len(self)
         for query, key, value in zip(queries, keys, values, strict=True):
             self.keys.append(np.asarray(key, np.float64))
             self.values.append(np.asarray(value, np.float64))
-            outputs.append(self._attend_over(query, range(len(self))))
+            outputs.append(self._attend_over(query, [*past, *range(start, len(self))]))
         return np.stack(outputs) if outputs else np.zeros(np.shape(queries))
 
     def scores(self) -> list[float]:

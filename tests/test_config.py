@@ -112,9 +112,6 @@ def test_wrong_value(name: str, value: Any, text: str) -> None:
 
 
 LATER: tuple[tuple[str, Any, str], ...] = (
-    ("policy", "local", "use one of swa, dense"),
-    ("policy", "strided", "use one of swa, dense"),
-    ("policy", "h2o", "use one of swa, dense"),
     ("device_kv_budget", "2GiB", "leave it at its default"),
     ("device_kv_budget", 0, "leave it at its default"),
     ("host_kv_budget", 1 << 30, "leave it at its default"),

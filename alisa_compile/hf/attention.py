@@ -92,10 +92,20 @@ def _attend(
         out, mass = ops.prefill_attention(query, key, value, padding_mask, store.groups, store.spec, scale)
     else:
         out, mass = ops.extend_attention(
-            query, store.pool, store.scales, store.table, store.length, valid, index, store.spec, scale
+            query,
+            store.pool,
+            store.scales,
+            store.table,
+            store.length,
+            valid,
+            store.rows,
+            store.counts,
+            index,
+            store.spec,
+            scale,
         )
     if store.spec:
-        state = (store.scores, store.rows, store.counts, mass, store.length, valid)
+        state = (store.scores, store.rows, store.counts, mass, store.length, store.origin, valid)
         if new_tokens == 1:
             ops.kv_select(*state, index, store.spec)
         else:

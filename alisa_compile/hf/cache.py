@@ -88,6 +88,7 @@ class AlisaLayer(CacheLayerMixin):
                 store.scores,
                 store.rows,
                 store.counts,
+                store.origin,
                 key_states,
                 value_states,
                 self.index,
@@ -120,7 +121,7 @@ class AlisaLayer(CacheLayerMixin):
             keys, values = key_states, value_states
         else:
             keys, values = torch.ops.alisa.kv_read.default(
-                store.pool, store.scales, store.table[..., :total], store.length, store.valid, None, None, None,
+                store.pool, store.scales, store.table[..., :total], store.length, store.valid, None, None, None, None,
                 key_states, value_states, self.index, "extend", store.spec, store.padded,
             )  # fmt: skip
         self.finish_eager_step(new_tokens)

@@ -13,14 +13,22 @@ from typing import Any
 
 import torch
 
+SPARSE_BLOCK = 16  # a block of more new tokens than this on a history is dense
+
+#: What the dynamic rows are ranked by. `decay`: attention received, decayed over `window` steps. `ring`: attention
+#: received in the last `local_rows(n)` steps (ALISA, Algorithm 1), from a ring of that many rows. `sum`: all attention
+#: ever received, and a row that is dropped never returns (H2O). `stride`: even distance from position 0. `hash`: a
+#: pseudo-random order, another one each step.
+RANKS = ("decay", "ring", "sum", "stride", "hash")
+
 
 @dataclasses.dataclass(frozen=True)
 class SelectionSpec:
     """How many rows a step attends to, and how tokens are ranked.
 
     local, dynamic: kept share of the context as exact fractions: the most recent tokens, and the top-ranked others.
-    window: decay constant of the ranking score in steps; 0 ranks by the plain sum of the last `local_rows(n)`
-        attention rows (ALISA, Algorithm 1), which needs a ring of that many rows.
+    rank: one of `RANKS`.
+    window: decay constant of rank `decay` in steps; 0 for the other ranks.
     sinks: first tokens always kept, counted inside the dynamic share.
     refresh: every this many steps a layer attends to all rows; 0 = never.
     max_rows: cap on the rows of a step; 0 = none.
@@ -28,7 +36,8 @@ class SelectionSpec:
 
     local: Fraction
     dynamic: Fraction
-    window: int
+    rank: str = "decay"
+    window: int = 0
     sinks: int = 0
     refresh: int = 0
     max_rows: int = 0
@@ -50,7 +59,13 @@ class SelectionSpec:
 
     def dynamic_rows(self, length: Any) -> Any:
         """Globally dynamic rows (sinks included) at a context of `length` tokens; never more than the non-locals."""
-        rows = _maximum(_nearest(length, self.dynamic), 1)
+        if not self.dynamic:
+            return length - length
+        if self.rank == "stride":
+            # Position j is on the stride where floor(j * share) steps up; this many are before the current token.
+            rows = (length - 2) * self.dynamic.numerator // self.dynamic.denominator + 1
+        else:
+            rows = _maximum(_nearest(length, self.dynamic), 1)
         if self.max_rows:
             share = self.local / (self.local + self.dynamic)
             rows = _minimum(rows, self.max_rows - max(1, _nearest(self.max_rows, share)))
@@ -65,7 +80,7 @@ class SelectionSpec:
 
         A ring has at least two: a compiler takes a size of 1 for a constant, and capacities vary.
         """
-        return 1 if self.window else max(2, int(self.local_rows(capacity)))
+        return max(2, int(self.local_rows(capacity))) if self.rank == "ring" else 1
 
     def seed_rows(self, query_length: Any, capacity: Any = None) -> Any:
         """How many of a block's last attention rows seed the scores (the decayed sum is cut at four windows).
@@ -74,8 +89,10 @@ class SelectionSpec:
         that Algorithm 1 could sum while the context fits. Never 1 for a block of several, because a compiler takes a
         size of 1 for a constant, and one graph has to serve every prompt length.
         """
-        if self.window:
+        if self.rank == "decay":
             return _minimum(4 * self.window, query_length)
+        if self.rank != "ring":
+            return int(self.rank == "sum")  # one row: the sum over the whole block
         context = query_length if capacity is None else capacity
         return _minimum(_maximum(self.local_rows(context + 1), 2), query_length)
 
@@ -91,9 +108,13 @@ class SelectionSpec:
         """
         return length % (16 * self.window)
 
-    def is_refresh_step(self, length: int, layer: int) -> bool:
-        """Whether the step with `length` tokens is dense in this layer; layers take turns."""
-        return self.refresh > 0 and (length + layer) % self.refresh == 0
+    def is_refresh_step(self, step: int, layer: int, new_tokens: int = 1) -> bool:
+        """Whether a step is dense in this layer; layers take turns.
+
+        step: tokens since the last dense block, the step's own included. new_tokens: how many came in the step before;
+        it is due as well if any of those should have been dense.
+        """
+        return self.refresh > 0 and (step + layer) // self.refresh > (step + layer - new_tokens) // self.refresh
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,6 +124,7 @@ def decode_spec(text: str) -> SelectionSpec:
     return SelectionSpec(
         local=Fraction(fields["local"]),
         dynamic=Fraction(fields["dynamic"]),
+        rank=fields["rank"],
         window=int(fields["window"]),
         sinks=int(fields["sinks"]),
         refresh=int(fields["refresh"]),

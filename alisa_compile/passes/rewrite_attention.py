@@ -52,6 +52,7 @@ class ReadSite:
     scores: fx.Node | None
     rows: fx.Node | None
     counts: fx.Node | None
+    origin: fx.Node | None
     key: fx.Node
     value: fx.Node
     layer: int
@@ -206,13 +207,13 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
         both = call(ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale)
     else:
         both = call(
-            ops.extend_attention.default, query, site.pool, site.scales, site.table, site.length, valid, site.layer,
-            site.spec, scale,
+            ops.extend_attention.default, query, site.pool, site.scales, site.table, site.length, valid, site.rows,
+            site.counts, site.layer, site.spec, scale,
         )  # fmt: skip
     out = call(_getitem, both, 0)
     if site.spec:
         mass = call(_getitem, both, 1)
-        state = (site.scores, site.rows, site.counts, mass, site.length, valid)
+        state = (site.scores, site.rows, site.counts, mass, site.length, site.origin, valid)
         if site.stage == "decode":
             call(ops.kv_select.default, *state, site.layer, site.spec)
         else:

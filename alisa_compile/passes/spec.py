@@ -19,9 +19,9 @@ _MASS = 3  # argument of the scoring ops
 _LENGTH_AND_LAYER = {  # arguments that say which store and which of its layers
     ops.kv_append.default: (3, 10),
     ops.swa_attention.default: (4, 8),
-    ops.extend_attention.default: (4, 6),
-    ops.kv_select.default: (4, 6),
-    ops.kv_seed.default: (4, 7),
+    ops.extend_attention.default: (4, 8),
+    ops.kv_select.default: (4, 7),
+    ops.kv_seed.default: (4, 8),
 }
 
 

@@ -34,28 +34,26 @@ class RunStatistics:
     def __init__(self, graphs: dict[int, CompileRow] | None = None) -> None:
         self.graphs: dict[int, CompileRow] = {} if graphs is None else graphs
         self.decode_ms: list[float] = []
-        self.decode_lengths: list[int] = []
-        self.decode_sparse_layers: list[int] = []
+        self.decode_steps: list[tuple[int, int, int]] = []  # length, tokens since the last dense block, sparse layers
         self.prefill_ms: list[float] = []
         self.steps = 0
         self.peak_bytes: dict[str, int] = {}
 
     def restart(self) -> None:
         """Forget the steps; graphs and peaks stay."""
-        self.decode_ms, self.decode_lengths, self.decode_sparse_layers = [], [], []
+        self.decode_ms, self.decode_steps = [], []
         self.prefill_ms, self.steps = [], 0
 
     def note_bytes(self, tier: str, nbytes: int) -> None:
         """Remember the peak of a tier."""
         self.peak_bytes[tier] = max(self.peak_bytes.get(tier, 0), nbytes)
 
-    def note_step(self, new_tokens: int, length: int, sparse_layers: int, elapsed_ms: float) -> None:
+    def note_step(self, new_tokens: int, length: int, since: int, sparse_layers: int, elapsed_ms: float) -> None:
         """One forward pass has run. On a GPU the time is that of the launch, not of the kernels."""
         self.steps += 1
         if new_tokens == 1:
             self.decode_ms.append(elapsed_ms)
-            self.decode_lengths.append(length)
-            self.decode_sparse_layers.append(sparse_layers)
+            self.decode_steps.append((length, since, sparse_layers))
         else:
             self.prefill_ms.append(elapsed_ms)
 

@@ -11,6 +11,7 @@ import torch
 from .. import compat
 from ..config import AlisaConfig
 from ..errors import CacheError
+from ..kernels.selection import SPARSE_BLOCK
 from ..kernels.swa_attention.reference import score_dtype
 from .policies import head_groups, selection_spec
 from .report import RunStatistics
@@ -39,7 +40,8 @@ class TokenStore:
     The tensors are attributes because traced code reads them there, which makes each a graph input shared by all
     layers: `pool [N, 2, P, D]`, `scales [N, 2, P]` or None, `table [L, B, G, C]` int32, `length [L]` int64,
     `valid [B, C]` bool, and for sparse policies `scores [L, B, G, R, C]`, `rows [L, B, G, W]` int32, `counts [L, B, G]`
-    int32. Capacity is never a number in traced code: it is `table.shape[3]`, so a graph serves every capacity.
+    int32 and `origin [1]` int64, the length after the last dense block, from which refresh steps are counted.
+    Capacity is never a number in traced code: it is `table.shape[3]`, so a graph serves every capacity.
     """
 
     def __init__(self, shape: StoreShape, config: AlisaConfig, capacity: int) -> None:
@@ -54,7 +56,7 @@ class TokenStore:
         self.is_int8 = form is RowForm.KV_INT8
         self.padded = True
         self.has_history = False
-        self.host_length = 0
+        self.host_length = self.host_origin = 0
         self.statistics = RunStatistics()
         self._step_started = 0.0
         self._in_step = False
@@ -67,7 +69,7 @@ class TokenStore:
         shape, groups, device = self.shape, self.groups, self.shape.device
         leading = (shape.num_layers, shape.batch_size, groups)
         slots = shape.num_layers * shape.batch_size * groups * capacity
-        scores = rows = counts = None
+        scores = rows = counts = origin = None
         try:
             pool = Pool.allocate(Tier.DEVICE, self.row, slots, device)
             table = identity_table(*leading, capacity, device)
@@ -79,6 +81,7 @@ class TokenStore:
                 scores = torch.zeros((*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device)
                 rows = torch.zeros((*leading, width), dtype=torch.int32, device=device)
                 counts = torch.full(leading, -1, dtype=torch.int32, device=device)
+                origin = torch.zeros(1, dtype=torch.int64, device=device)
         except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
             raise CacheError(
                 "there is not enough memory for the KV store",
@@ -88,7 +91,7 @@ class TokenStore:
             ) from error
         self.device_pool, self.pool, self.scales = pool, pool.rows, pool.scales
         self.table, self.length, self.valid = table, length, valid
-        self.scores, self.rows, self.counts = scores, rows, counts
+        self.scores, self.rows, self.counts, self.origin = scores, rows, counts, origin
         self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
         self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
         dynamic = [(id(tensor), dim) for tensor, dim in self.dynamic_dimensions()]
@@ -110,7 +113,7 @@ class TokenStore:
             dims.append((self.scales, 0))
         if self.scores is not None and self.rows is not None:
             dims += [(self.scores, 4), (self.rows, 3)]
-            if self.selection is not None and not self.selection.window:
+            if self.selection is not None and self.selection.rank == "ring":
                 dims.append((self.scores, 3))
         return dims
 
@@ -125,6 +128,7 @@ class TokenStore:
             self.scores,
             self.rows,
             self.counts,
+            self.origin,
         )
         return [tensor for tensor in every if tensor is not None]
 
@@ -138,7 +142,8 @@ class TokenStore:
         other = TokenStore(self.shape, self.config, self.capacity)
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             theirs.copy_(mine)
-        other.padded, other.has_history, other.host_length = self.padded, self.has_history, self.host_length
+        other.padded, other.has_history = self.padded, self.has_history
+        other.host_length, other.host_origin = self.host_length, self.host_origin
         return other
 
     def reset(self) -> None:
@@ -150,6 +155,7 @@ class TokenStore:
             self.counts.fill_(-1)
         self.has_history = False
         self.host_length = 0
+        self._set_origin(0)
         self._in_step = False
 
     def reserve(self, tokens: int) -> None:
@@ -167,9 +173,15 @@ class TokenStore:
         if self.scales is not None and pool.scales is not None:
             self.scales[here] = pool.scales[there]
         self.length.copy_(length)
+        self._set_origin(self.host_origin)
         self.valid[:, :old_capacity] = valid
         if scores is not None and rows is not None and counts is not None:
             self._carry_selection(scores, rows, counts, old_capacity)
+
+    def _set_origin(self, tokens: int) -> None:
+        self.host_origin = tokens
+        if self.origin is not None:
+            self.origin.fill_(tokens)
 
     def _carry_selection(
         self, scores: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, old_capacity: int
@@ -215,10 +227,13 @@ class TokenStore:
     def end_step(self, new_tokens: int) -> None:
         """Host work after the ops of a forward pass: lengths, statistics, and room for one more token."""
         self.host_length += new_tokens
+        if not self.has_history or new_tokens > SPARSE_BLOCK:
+            self._set_origin(self.host_length)
         self.has_history = True
         self._in_step = False
         elapsed_ms = (time.perf_counter() - self._step_started) * 1e3
-        self.statistics.note_step(new_tokens, self.host_length, self._sparse_layers, elapsed_ms)
+        since = self.host_length - self.host_origin
+        self.statistics.note_step(new_tokens, self.host_length, since, self._sparse_layers, elapsed_ms)
         if self.host_length >= self.capacity:
             self.reserve(self.host_length + 1)
 
@@ -245,13 +260,12 @@ class TokenStore:
 
         Padding is not subtracted: in a padded batch the shorter rows keep a little less.
         """
-        steps = zip(self.statistics.decode_lengths, self.statistics.decode_sparse_layers, strict=True)
-        return [self._sparsity_at(length, sparse_layers) for length, sparse_layers in steps]
+        return [self._sparsity_at(*step) for step in self.statistics.decode_steps]
 
-    def _sparsity_at(self, length: int, sparse_layers: int) -> float:
-        if self.selection is None:
+    def _sparsity_at(self, length: int, since: int, sparse_layers: int) -> float:
+        if self.selection is None or since == 0:
             return 0.0
         layers = self.shape.num_layers
-        dense = sum(self.selection.is_refresh_step(length, layer) for layer in range(layers))
+        dense = sum(self.selection.is_refresh_step(since, layer) for layer in range(layers))
         kept = self.selection.local_rows(length) + self.selection.dynamic_rows(length)
         return float(max(0, sparse_layers - dense) / layers * (1 - kept / length))

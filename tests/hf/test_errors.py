@@ -69,7 +69,7 @@ def test_bad_options_from_plain_forward() -> None:
     assert type(caught.value.inner_exception) is ConfigError
 
 
-@pytest.mark.parametrize("options", ({"sparsity": -0.1}, {"sparsty": 0.5}, {"policy": "h2o"}))
+@pytest.mark.parametrize("options", ({"sparsity": -0.1}, {"sparsty": 0.5}, {"policy": "h3o"}))
 def test_bad_options_of_a_cache(options: dict[str, Any]) -> None:
     """AlisaCache checks its options when it is built."""
     with pytest.raises(AlisaError, match=next(iter(options))):

@@ -125,15 +125,16 @@ class Driver:
         if not store.has_history:
             return ops.prefill_attention(query, key, value, mask, store.groups, store.spec, scale)
         return ops.extend_attention(
-            query, store.pool, store.scales, store.table, store.length, valid, layer, store.spec, scale
-        )
+            query, store.pool, store.scales, store.table, store.length, valid, store.rows, store.counts, layer,
+            store.spec, scale,
+        )  # fmt: skip
 
     def select(self, block: Block, layer: int, mass: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """`kv_select` after a decode step, `kv_seed` after a block."""
         store = self.store
         assert store.scores is not None and store.rows is not None and store.counts is not None
         valid = None if mask is None else store.valid
-        state = (store.scores, store.rows, store.counts, mass, store.length, valid)
+        state = (store.scores, store.rows, store.counts, mass, store.length, store.origin, valid)
         if block.tokens == 1 and store.has_history:
             ops.kv_select(*state, layer, store.spec)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -89,7 +90,7 @@ class SelectionRun:
         self.naive = [
             [Naive(config.keep_ratio, window, sinks, fraction, cap) for _ in range(self.store.groups)] for _ in range(2)
         ]
-        self.tokens = 0
+        self.tokens = self.origin = 0
 
     def _is_real(self, sequence: int, position: int) -> bool:
         inside = self.mask is not None and position < self.mask.shape[1]
@@ -97,7 +98,7 @@ class SelectionRun:
 
     def _state(self, mass: torch.Tensor) -> tuple[Any, ...]:
         valid = None if self.mask is None else self.store.valid
-        return self.store.scores, self.store.rows, self.store.counts, mass, self.store.length, valid
+        return self.store.scores, self.store.rows, self.store.counts, mass, self.store.length, self.store.origin, valid
 
     def _advance(self, tokens: int) -> None:
         if self.mask is not None:
@@ -110,6 +111,8 @@ class SelectionRun:
     def seed(self, tokens: int) -> None:
         """A block: random rows over the real tokens up to each real query; the op gets the last ones only."""
         start = self.tokens
+        if start == 0 or tokens > 16:
+            self.origin = start + tokens
         self._advance(tokens)
         selection = decode_spec(self.store.spec)
         count = int(selection.seed_rows(tokens, self.store.capacity))
@@ -125,7 +128,9 @@ class SelectionRun:
                     if back < count:
                         mass[sequence, group, count - 1 - back, list(row)] = torch.tensor(list(row.values())).double()
         ops.kv_seed(*self._state(mass), tokens, self.layer, self.store.spec)
-        self.check()
+        self.check(tokens)
+        assert self.store.origin is not None
+        self.store.origin.fill_(self.origin)
 
     def step(self) -> None:
         """A decode step over the current working set; mass past the count, which means nothing, is NaN."""
@@ -150,13 +155,15 @@ class SelectionRun:
         ops.kv_select(*self._state(mass), self.layer, self.store.spec)
         self.check()
 
-    def check(self) -> None:
-        """Working set as chosen naively, unless the coming step is a refresh."""
+    def check(self, tokens: int = 1) -> None:
+        """Working set as chosen naively, unless a refresh is due at the coming step or was at one of the latest."""
         refresh = 0 if self.store.config.paper else self.store.config.refresh
         for sequence, groups in enumerate(self.naive):
             for group, naive in enumerate(groups):
                 got = self.driver.working_set(self.layer, sequence, group)
-                if refresh and (self.tokens + 1 + self.layer) % refresh == 0:
+                step = self.tokens + 1 - self.origin + self.layer
+                late = min(tokens, self.tokens + 1 - self.origin)
+                if refresh and any(due % refresh == 0 for due in range(step - late + 1, step + 1)):
                     assert got is None
                 else:
                     assert got == naive.choose(self.tokens)
@@ -226,7 +233,7 @@ def test_no_mass_at_all_keeps_the_latest_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_decayed_scores_over_many_rescales(window: int, dtype: torch.dtype) -> None:
     """The lazily scaled vector stays the naive decayed sum, and in range, past several times 16 windows."""
-    spec = SelectionSpec(Fraction(1, 4), Fraction(1, 4), window).encode()
+    spec = SelectionSpec(Fraction(1, 4), Fraction(1, 4), window=window).encode()
     capacity, steps, decay = 200, 40 * window, 1 - 1 / window
     generator = torch.Generator().manual_seed(3)
     scores = torch.zeros((1, 1, 1, 1, capacity), dtype=dtype)
@@ -239,7 +246,7 @@ def test_decayed_scores_over_many_rescales(window: int, dtype: torch.dtype) -> N
         counts.fill_(-1)  # dense steps: mass by position
         mass = torch.zeros((1, 1, capacity), dtype=dtype)
         mass[..., :tokens] = torch.rand(tokens, generator=generator, dtype=torch.float64)
-        ops.kv_select(scores, rows, counts, mass, length, None, 0, spec)
+        ops.kv_select(scores, rows, counts, mass, length, torch.zeros(1, dtype=torch.int64), None, 0, spec)
         expected = expected * decay + mass[0, 0].double()
         got = scores[0, 0, 0, 0].double()
         assert float(got.max()) < 2.0 ** (16 * window + 2)
@@ -251,7 +258,7 @@ def test_decayed_scores_over_many_rescales(window: int, dtype: torch.dtype) -> N
 def test_seeding_in_blocks_equals_one_row_at_a_time(chunks: list[int]) -> None:
     """`kv_seed` leaves scores proportional to those of row-by-row decay, whatever the block boundaries."""
     window, capacity = 3, 80
-    spec = SelectionSpec(Fraction(1, 4), Fraction(1, 4), window).encode()
+    spec = SelectionSpec(Fraction(1, 4), Fraction(1, 4), window=window).encode()
     generator = torch.Generator().manual_seed(4)
     every = torch.rand((50, capacity), generator=generator, dtype=torch.float64).tril()
     expected = torch.zeros(capacity, dtype=torch.float64)
@@ -266,7 +273,7 @@ def test_seeding_in_blocks_equals_one_row_at_a_time(chunks: list[int]) -> None:
         end = int(length)
         used = min(4 * window, tokens)
         mass = every[end - used : end][None, None]
-        ops.kv_seed(scores, rows, counts, mass, length, None, tokens, 0, spec)
+        ops.kv_seed(scores, rows, counts, mass, length, torch.zeros(1, dtype=torch.int64), None, tokens, 0, spec)
     got = scores[0, 0, 0, 0]
     # Rows older than four windows of a block are left out by design: at most decay ** 12 of the whole.
     torch.testing.assert_close(got / got.sum(), expected / expected.sum(), rtol=0, atol=(2 / 3) ** 12)
@@ -308,3 +315,99 @@ def test_spec_survives_its_string_form() -> None:
     """What a graph carries decodes to the same exact numbers."""
     spec = SelectionSpec(Fraction(63, 200), Fraction(1, 7), window=9, sinks=3, refresh=11, max_rows=77)
     assert decode_spec(spec.encode()) == spec
+
+
+def _run_policy(policy: str, sparsity: float, padding: int, steps: int = 40, **options: Any) -> list[list[int]]:
+    """Working sets of one sequence over a prompt of 12 tokens and `steps` steps, in ranks of real tokens."""
+    store = Driver(Heads(4, 2, 8), capacity=120, dtype=torch.float64, policy=policy, sparsity=sparsity, **options).store
+    assert store.selection is not None and store.rows is not None and store.counts is not None
+    generator = torch.Generator().manual_seed(7)
+    store.valid[0, :padding] = False
+    sets: list[list[int]] = []
+    received = torch.zeros(120, dtype=torch.float64)  # by rank
+    for step in range(steps + 1):
+        new = 1 if step else 12 + padding
+        store.length += new
+        real = int(store.length[0]) - padding
+        if step:
+            row = torch.rand(len(sets[-1]), generator=generator, dtype=torch.float64)
+            mass = torch.full((1, 1, 120), float("nan"), dtype=torch.float64)
+            mass[0, 0, : len(row)] = row
+            received[sets[-1]] += row
+        else:
+            rows = torch.rand((12, 12), generator=generator, dtype=torch.float64).tril()
+            received[:12] += rows.sum(0)
+            seeds = int(store.selection.seed_rows(new))
+            mass = torch.zeros((1, 1, seeds, new), dtype=torch.float64)
+            if seeds:
+                mass[0, 0, :, padding:] = rows.sum(0) if policy == "h2o" else rows[-seeds:]
+        valid = store.valid if padding else None
+        state = (store.scores, store.rows, store.counts, mass, store.length, store.origin, valid)
+        if step:
+            ops.kv_select(*state, 0, store.spec)
+        else:
+            ops.kv_seed(*state, new, 0, store.spec)
+        count = int(store.counts[0, 0, 0])
+        chosen = [position - padding for position in store.rows[0, 0, 0, :count].tolist()]
+        assert chosen[-1] == real and chosen == sorted(set(chosen)) and chosen[0] >= 0
+        if policy == "h2o" and "max_rows" not in options:
+            _check_heavy_hitters(chosen, sets, received, real, sparsity)
+        sets.append(chosen)
+    return sets
+
+
+def _check_heavy_hitters(
+    chosen: list[int], earlier: list[list[int]], received: torch.Tensor, real: int, sparsity: float
+) -> None:
+    half = max(1, _nearest((real + 1) * (1 - Fraction(str(sparsity))) / 2))
+    available = earlier[-1] if earlier else range(real)
+    others = sorted((p for p in available if p <= real - half), key=lambda p: (float(received[p]), p), reverse=True)
+    assert chosen == sorted([*others[:half], *range(real + 1 - half, real + 1)])
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+def test_local_keeps_the_most_recent(sparsity: float, padding: int) -> None:
+    """r x n of them, the coming token included."""
+    for tokens, chosen in enumerate(_run_policy("local", sparsity, padding), start=13):
+        kept = max(1, _nearest(tokens * (1 - Fraction(str(sparsity)))))
+        assert chosen == list(range(tokens - kept, tokens))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("sparsity", [0.4, 0.5, 0.8, 0.9])
+def test_strided_counts_from_position_zero(sparsity: float, padding: int) -> None:
+    """Every 1 / r-th real token; padding is no position."""
+    share = 1 - Fraction(str(sparsity))
+    for tokens, chosen in enumerate(_run_policy("strided", sparsity, padding), start=13):
+        steps_up = [p for p in range(tokens - 1) if p == 0 or math.floor(p * share) > math.floor((p - 1) * share)]
+        assert chosen == [*steps_up, tokens - 1]
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_h2o_never_takes_a_row_back(sparsity: float, padding: int) -> None:
+    """The heavy hitters of what is left (checked in every step), from all attention rows of the prompt on."""
+    sets = _run_policy("h2o", sparsity, padding)
+    dropped: set[int] = set()
+    for before, after in itertools.pairwise(sets):
+        dropped |= set(before) - set(after)
+        assert not dropped & set(after)
+    assert len(dropped) > 3
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+def test_churn_rotates(sparsity: float, padding: int) -> None:
+    """At least a tenth of its rows each step on average, whatever the padding."""
+    sets = _run_policy("churn", sparsity, padding)
+    assert sets == _run_policy("churn", sparsity, 0)
+    moved = [len(set(after) - set(before)) / len(after) for before, after in itertools.pairwise(sets)]
+    assert sum(moved) / len(moved) > 0.1
+
+
+@pytest.mark.parametrize("policy", ["local", "strided", "h2o", "churn"])
+def test_caps_hold_for_every_policy(policy: str) -> None:
+    """`max_rows` is never passed, and storage is no wider."""
+    for chosen in _run_policy(policy, 0.5, 0, max_rows=7):
+        assert len(chosen) <= 7

@@ -22,7 +22,7 @@ import torch
 
 from alisa_compile import kernels
 from alisa_compile.kernels import native
-from alisa_compile.kernels.selection import SelectionSpec
+from alisa_compile.kernels.selection import SPARSE_BLOCK, SelectionSpec
 
 ops = torch.ops.alisa
 append_reference = kernels.kv_append.reference.kv_append
@@ -364,6 +364,7 @@ def test_attention_refuses_other_shapes() -> None:
 
 # ------------------------------------------------------------------------------------------------ kv_select and kv_seed
 
+_ORIGIN = torch.zeros(1, dtype=torch.int64)
 _SPECS = {
     "decay": SelectionSpec(Fraction(1, 10), Fraction(1, 10), window=16),
     "short_window": SelectionSpec(Fraction(1, 4), Fraction(1, 4), window=2, sinks=3),
@@ -371,10 +372,17 @@ _SPECS = {
     "capped": SelectionSpec(Fraction(1, 5), Fraction(1, 10), window=8, sinks=2, max_rows=9),
     "tight_cap": SelectionSpec(Fraction(1, 2), Fraction(1, 4), window=3, max_rows=2),
     "refresh": SelectionSpec(Fraction(1, 10), Fraction(3, 10), window=4, refresh=3),
-    "paper": SelectionSpec(Fraction(1, 10), Fraction(1, 10), window=0),
-    "paper_sinks": SelectionSpec(Fraction(1, 3), Fraction(1, 4), window=0, sinks=4, refresh=5),
+    "paper": SelectionSpec(Fraction(1, 10), Fraction(1, 10), "ring"),
+    "paper_sinks": SelectionSpec(Fraction(1, 3), Fraction(1, 4), "ring", sinks=4, refresh=5),
     "all_sinks": SelectionSpec(Fraction(1, 10), Fraction(1, 10), window=4, sinks=100),
     "nearly_all": SelectionSpec(Fraction(49, 100), Fraction(49, 100), window=4),
+    "local": SelectionSpec(Fraction(1, 5), Fraction(0), "stride"),
+    "strided": SelectionSpec(Fraction(0), Fraction(1, 5), "stride"),
+    "strided_uneven": SelectionSpec(Fraction(0), Fraction(3, 7), "stride"),
+    "strided_capped": SelectionSpec(Fraction(0), Fraction(1, 3), "stride", max_rows=6),
+    "h2o": SelectionSpec(Fraction(1, 5), Fraction(1, 5), "sum"),
+    "h2o_capped": SelectionSpec(Fraction(1, 5), Fraction(1, 5), "sum", max_rows=7),
+    "churn": SelectionSpec(Fraction(1, 10), Fraction(1, 10), "hash"),
 }
 
 
@@ -433,14 +441,14 @@ def test_selection_is_the_references(name: str, dtype: torch.dtype, padded: bool
             valid = torch.rand((batch, capacity), generator=generator) < 0.8
             valid[:, prompt - 1 :] = True
             valid[-1, prompt + 3] = False
-        layer, length = 1, torch.zeros(2, dtype=torch.int64)
+        layer, length, origin = 1, torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
 
         while (start := int(length[layer])) < capacity:
-            block = min(capacity - start, draw.choice([1, 1, 1, 1, 1, 1, 1, 4])) if start else prompt
+            block = min(capacity - start, draw.choice([1, 1, 1, 1, 1, 1, 1, 4, 17])) if start else prompt
             length[layer] += block
             actual = expected.clone()
             if start and block == 1:
-                args = (_mass(draw, generator, (batch, groups, capacity), dtype), length, valid, layer, encoded)
+                args = (_mass(draw, generator, (batch, groups, capacity), dtype), length, origin, valid, layer, encoded)
                 select_reference(*expected.tensors, *args)
                 ops.kv_select(*actual.tensors, *args)
                 _equal(actual.scores, expected.scores)
@@ -449,13 +457,15 @@ def test_selection_is_the_references(name: str, dtype: torch.dtype, padded: bool
                 shape = (batch, groups, seeds, capacity if start else block)
                 # Of few values: torch sums the rows in another order, which must not decide between two scores.
                 mass = torch.randint(0, 3, shape, generator=generator).to(dtype) / 4
-                args = (mass, length, valid, block, layer, encoded)
+                args = (mass, length, origin, valid, block, layer, encoded)
                 seed_reference(*expected.tensors, *args)
                 ops.kv_seed(*actual.tensors, *args)
                 limit = 1e-5 if dtype == torch.float32 else 1e-12
                 torch.testing.assert_close(actual.scores, expected.scores, rtol=limit, atol=0)
             _equal(actual.counts, expected.counts)
             _equal(actual.rows, expected.rows)
+            if start == 0 or block > SPARSE_BLOCK:
+                origin.fill_(start + block)
 
 
 @pytest.mark.usefixtures("built")
@@ -468,11 +478,11 @@ def test_selection_at_length_is_the_references() -> None:
     length = torch.tensor([0, 4990])
     mass = torch.randint(0, 3, (5000, 2, 2), generator=generator).float().permute(1, 2, 0) / 4
     expected = state.clone()
-    select_reference(*expected.tensors, mass, length, None, 1, spec.encode())
+    select_reference(*expected.tensors, mass, length, _ORIGIN, None, 1, spec.encode())
     for count in (1, 2):
         actual = state.clone()
         with _threads(count):
-            ops.kv_select(*actual.tensors, mass, length, None, 1, spec.encode())
+            ops.kv_select(*actual.tensors, mass, length, _ORIGIN, None, 1, spec.encode())
         for one, other in zip(actual.tensors, expected.tensors, strict=True):
             _equal(one, other)
 
@@ -490,8 +500,8 @@ def test_scores_of_any_kind_are_ranked_as_torch_sorts_them(dtype: torch.dtype) -
         mass, length = torch.zeros((1, 1, 64), dtype=dtype), torch.tensor([60, 60])
         state.counts[0] = 0  # nothing attended: a zero added to -0 would make it 0
         expected = state.clone()
-        select_reference(*expected.tensors, mass, length, None, 0, spec.encode())
-        ops.kv_select(*state.tensors, mass, length, None, 0, spec.encode())
+        select_reference(*expected.tensors, mass, length, _ORIGIN, None, 0, spec.encode())
+        ops.kv_select(*state.tensors, mass, length, _ORIGIN, None, 0, spec.encode())
         _equal(state.rows, expected.rows)
 
 
@@ -502,9 +512,11 @@ def test_a_malformed_selection_is_refused() -> None:
     state = Selection.make(spec, 1, 1, 8, torch.float32)
     mass, length = torch.zeros((1, 1, 8)), torch.tensor([4, 4])
     with pytest.raises(RuntimeError, match="unknown field of a selection: colour"):
-        ops.kv_select(*state.tensors, mass, length, None, 0, spec.encode() + ",colour=3")
+        ops.kv_select(*state.tensors, mass, length, _ORIGIN, None, 0, spec.encode() + ",colour=3")
+    with pytest.raises(RuntimeError, match="unknown rank of a selection: luck"):
+        ops.kv_select(*state.tensors, mass, length, _ORIGIN, None, 0, spec.encode().replace("decay", "luck"))
     with pytest.raises(RuntimeError, match="dtype of the scores"):
-        ops.kv_select(*state.tensors, mass.double(), length, None, 0, spec.encode())
+        ops.kv_select(*state.tensors, mass.double(), length, _ORIGIN, None, 0, spec.encode())
 
 
 # ------------------------------------------------------------------------------------------------------------- opcheck
@@ -523,8 +535,14 @@ def test_opcheck_with_the_native_kernels() -> None:
         (ops.kv_append, (*store.tensors, store.valid, key, key, None, None, mask, 1)),
         (ops.swa_attention, (case.query, *store.tensors, store.valid, case.rows, case.counts, 1, case.scale)),
         (ops.swa_attention, (case.query, *store.tensors, None, None, None, 1, case.scale)),
-        (ops.kv_select, (*selection.tensors, torch.rand((2, 1, 40)), store.length, store.valid, 1, spec.encode())),
-        (ops.kv_seed, (*selection.tensors, torch.rand((2, 1, 4, 40)), store.length, None, 4, 1, spec.encode())),
+        (
+            ops.kv_select,
+            (*selection.tensors, torch.rand((2, 1, 40)), store.length, _ORIGIN, store.valid, 1, spec.encode()),
+        ),
+        (
+            ops.kv_seed,
+            (*selection.tensors, torch.rand((2, 1, 4, 40)), store.length, _ORIGIN, None, 4, 1, spec.encode()),
+        ),
     ]
     for op, args in checks:
         results = torch.library.opcheck(op.default, args)

@@ -67,7 +67,7 @@ def test_kv_read(driver: Driver, stage: str, tokens: int) -> None:
     """Every stage returns tensors of its own, laid out as promised."""
     store, (_, key, value) = driver.store, _block(driver, tokens).layer(1)
     state = (store.pool, store.scales, store.table, store.length, store.valid)
-    selection = (store.scores, store.rows, store.counts)
+    selection = (store.scores, store.rows, store.counts, store.origin)
     _check(ops.kv_read.default, *state, *selection, key, value, 1, stage, store.spec, True)
 
 
@@ -105,7 +105,8 @@ def test_extend_attention(driver: Driver) -> None:
     state = (store.pool, store.scales, store.table, store.length)
     _each_padding(
         lambda valid: _check(
-            ops.extend_attention.default, block.query[1], *state, valid, 1, store.spec, _HEADS.scale
+            ops.extend_attention.default, block.query[1], *state, valid, store.rows, store.counts, 1, store.spec,
+            _HEADS.scale,
         ),
         store.valid,
     )  # fmt: skip
@@ -121,7 +122,7 @@ def test_kv_select_and_kv_seed(driver: Driver, op: str) -> None:
     for layer in range(2):
         driver.append(block, layer)
     _, mass = driver.attend(block, 1)
-    state = (store.scores, store.rows, store.counts, mass, store.length)
+    state = (store.scores, store.rows, store.counts, mass, store.length, store.origin)
     extra = () if op == "kv_select" else (tokens,)
     _each_padding(lambda valid: _check(getattr(ops, op).default, *state, valid, *extra, 1, store.spec), store.valid)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from alisa_compile.kernels.selection import SelectionSpec
 from tests.kernels.harness import Heads, close, naive_attention, ops, random_block
 
-_PAPER = SelectionSpec(Fraction(1, 4), Fraction(1, 4), window=0).encode()
+_PAPER = SelectionSpec(Fraction(1, 4), Fraction(1, 4), "ring").encode()
 _DECAYED = SelectionSpec(Fraction(1, 10), Fraction(1, 10), window=3, sinks=4, refresh=32).encode()
 _HEADS = [Heads(4, 4, 8), Heads(8, 2, 64), Heads(6, 1, 40)]
 

@@ -31,7 +31,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
-        names = ("pool", "table", "length", "valid", "scores", "rows", "counts", "query", "key", "value")
+        names = ("pool", "table", "length", "valid", "scores", "rows", "counts", "origin", "query", "key", "value")
         self.inputs = {name: self._placeholder(name) for name in names}
         self.other = self._placeholder("length_of_the_other_store")
 
@@ -62,13 +62,13 @@ class Builder:
     def select(self, layer: int, mass: fx.Node, length: fx.Node | None = None) -> None:
         """kv_select."""
         i = self.inputs
-        state = (i["scores"], i["rows"], i["counts"], mass, length or i["length"], None)
+        state = (i["scores"], i["rows"], i["counts"], mass, length or i["length"], i["origin"], None)
         self._call(ops.kv_select.default, (*state, layer, SPEC), returns=False)
 
     def read(self, layer: int) -> tuple[fx.Node, fx.Node]:
         """kv_read; returns K and V."""
         i = self.inputs
-        store = (i["pool"], None, i["table"], i["length"], i["valid"], None, None, None, i["key"], i["value"])
+        store = (i["pool"], None, i["table"], i["length"], i["valid"], None, None, None, None, i["key"], i["value"])
         both = self._call(ops.kv_read.default, (*store, layer, "decode", "", False))
         return self._call(getitem, (both, 0)), self._call(getitem, (both, 1))
 

@@ -37,7 +37,9 @@ def buffer_attention(
     if clock == 0 or policy.is_refresh_step(clock, layer):
         chosen = real[:, None].expand(batch_size, groups, capacity)
     else:
-        chosen = working_set(ranking_of(scores, length - 1, policy), real, policy)
+        chosen = working_set(ranking_of(scores, real, policy), real, policy)
+        if policy.rank == "sum":
+            scores[:, :, 0].masked_fill_(real[:, None] & ~chosen, float("-inf"))
     count = chosen.sum(-1)
     width = int(count.max())
     rows = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :width]
@@ -63,10 +65,12 @@ def buffer_attention(
 def _score(scores: torch.Tensor, row: torch.Tensor, length: torch.Tensor, clock: int, spec: str) -> None:
     """Add one attention row, as `kv_select` does, with the number of scored rows as the clock."""
     policy = decode_spec(spec)
-    if policy.window:
+    if policy.rank == "decay":
         exponent = policy.decay_exponent(clock)
         if exponent == 0 and clock:
             scores *= policy.decay ** (16 * policy.window)
         scores[:, :, 0] += row * policy.decay**-exponent
-    else:
+    elif policy.rank == "sum":
+        scores[:, :, 0] += row
+    elif policy.rank == "ring":
         write_ring(scores, row.unsqueeze(2), length, torch.ones_like(length))

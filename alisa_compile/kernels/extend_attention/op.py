@@ -17,6 +17,8 @@ def _fake(
     table: torch.Tensor,
     length: torch.Tensor,
     valid: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    counts: torch.Tensor | None,
     layer: int,
     spec: str,
     scale: float,
@@ -29,7 +31,7 @@ def _fake(
 
 define(
     "extend_attention(Tensor query, Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor? valid, "
-    "int layer, str spec, float scale) -> (Tensor, Tensor)",
+    "Tensor? rows, Tensor? counts, int layer, str spec, float scale) -> (Tensor, Tensor)",
     extend_attention,
     _fake,
 )

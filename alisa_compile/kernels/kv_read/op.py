@@ -21,6 +21,7 @@ def _fake(
     scores: torch.Tensor | None,
     rows: torch.Tensor | None,
     counts: torch.Tensor | None,
+    origin: torch.Tensor | None,
     key: torch.Tensor,
     value: torch.Tensor,
     layer: int,
@@ -36,7 +37,8 @@ def _fake(
 
 define(
     "kv_read(Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor valid, Tensor? scores, Tensor? rows, "
-    "Tensor? counts, Tensor key, Tensor value, int layer, str stage, str spec, bool padded) -> (Tensor, Tensor)",
+    "Tensor? counts, Tensor? origin, Tensor key, Tensor value, int layer, str stage, str spec, bool padded) "
+    "-> (Tensor, Tensor)",
     kv_read,
     _fake,
 )

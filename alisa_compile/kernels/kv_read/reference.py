@@ -28,6 +28,7 @@ def kv_read(
     scores: torch.Tensor | None,
     rows: torch.Tensor | None,
     counts: torch.Tensor | None,
+    origin: torch.Tensor | None,
     key: torch.Tensor,
     value: torch.Tensor,
     layer: int,
@@ -39,7 +40,7 @@ def kv_read(
 
     stage `prefill` (no history): the T new rows as they came, before quantisation. `decode` and `extend`: all C
     positions; those not written yet are zero and masked by the caller. Shapes of the rest as in `kv_append` and
-    `kv_select`; `valid`, `scores`, `rows`, `counts`, `spec` and `padded` only ride along for the rewrite.
+    `kv_select`; `valid`, `scores`, `rows`, `counts`, `origin`, `spec` and `padded` only ride along for the rewrite.
     """
     if stage == "prefill":
         return _own_contiguous(key), _own_contiguous(value)

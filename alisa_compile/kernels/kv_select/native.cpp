@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr int64_t kSparseBlock = 16;  // SPARSE_BLOCK of selection.py
+
 // `SelectionSpec` of selection.py: the same numbers, from the same string.
 struct Selection {
   struct Share {
@@ -14,8 +16,14 @@ struct Selection {
       return static_cast<int64_t>((2 * static_cast<Wide>(numerator) * length + denominator) /
                                   (2 * static_cast<Wide>(denominator)));
     }
+    int64_t floor_of(int64_t length) const {
+      __extension__ typedef __int128 Wide;
+      return static_cast<int64_t>(static_cast<Wide>(numerator) * length / denominator);
+    }
   };
+  enum class Rank { kDecay, kRing, kSum, kStride, kHash };
   Share local{0, 1}, dynamic{0, 1};
+  Rank rank = Rank::kDecay;
   int64_t window = 0, sinks = 0, refresh = 0, max_rows = 0;
 
   explicit Selection(const std::string& text) {
@@ -26,6 +34,7 @@ struct Selection {
       const std::string name = text.substr(begin, equals - begin), value = text.substr(equals + 1, end - equals - 1);
       if (name == "local") local = share(value);
       else if (name == "dynamic") dynamic = share(value);
+      else if (name == "rank") rank = rank_of(value);
       else if (name == "window") window = std::stoll(value);
       else if (name == "sinks") sinks = std::stoll(value);
       else if (name == "refresh") refresh = std::stoll(value);
@@ -40,7 +49,11 @@ struct Selection {
     return std::min(std::max<int64_t>(rows, 1), length);
   }
   int64_t dynamic_rows(int64_t length) const {
-    int64_t rows = std::max<int64_t>(dynamic.of(length), 1);
+    if (dynamic.numerator == 0) return 0;
+    // On a stride: the positions before the current one where floor(j * share) steps up.
+    int64_t rows = rank != Rank::kStride ? std::max<int64_t>(dynamic.of(length), 1)
+                   : length < 2          ? 0
+                                         : dynamic.floor_of(length - 2) + 1;
     if (max_rows != 0) rows = std::min(rows, max_rows - local_cap());
     return std::min(rows, length - local_rows(length));
   }
@@ -48,9 +61,22 @@ struct Selection {
   double decay_power(int64_t exponent) const {
     return std::pow(1 - 1 / static_cast<double>(window), static_cast<double>(exponent));
   }
-  bool is_refresh_step(int64_t length, int64_t layer) const { return refresh > 0 && (length + layer) % refresh == 0; }
+  bool is_refresh_step(int64_t step, int64_t layer, int64_t new_tokens) const {
+    return refresh > 0 && (step + layer) / refresh > (step + layer - new_tokens) / refresh;
+  }
+  bool on_stride(int64_t position) const {
+    __extension__ typedef __int128 Wide;
+    return static_cast<Wide>(position) * dynamic.numerator % dynamic.denominator < dynamic.numerator;
+  }
 
  private:
+  static Rank rank_of(const std::string& name) {
+    const char* names[] = {"decay", "ring", "sum", "stride", "hash"};
+    for (int i = 0; i < 5; ++i) {
+      if (name == names[i]) return static_cast<Rank>(i);
+    }
+    throw std::runtime_error("alisa: unknown rank of a selection: " + name);
+  }
   static Share share(const std::string& text) {
     const size_t slash = text.find('/');
     return {std::stoll(text), slash == std::string::npos ? 1 : std::stoll(text.substr(slash + 1))};
@@ -74,9 +100,11 @@ const Selection& selection_of(const std::string& text) {
   return parsed;
 }
 
+using Rank = Selection::Rank;
+
 struct SelectCall {
   Tensor &scores, &rows, &counts, &mass, &valid;
-  int64_t layer, tokens;
+  int64_t layer, tokens, origin;
   const Selection& policy;
 };
 
@@ -106,14 +134,32 @@ struct Ranked {
 // One (sequence, group): its state and the number of its real tokens.
 template <class Score>
 struct Ranks {
-  const Score* state;  // [ring, capacity]
+  Score* state;  // [ring, capacity]
   int64_t ring, capacity, real_tokens;
 };
 
-// The ranking score of positions [0, tokens): the decayed sum itself, or the sum of Algorithm 1's last rows.
+// 24 pseudo-random bits for each (rank, clock).
+inline uint32_t hash_of(uint32_t rank, uint32_t clock) {
+  uint32_t mixed = rank * 2654435761u + clock * 2246822519u;
+  mixed = (mixed ^ (mixed >> 15)) * 3266489917u;
+  return (mixed ^ (mixed >> 13)) >> 8;
+}
+
+// The ranking score of positions [0, tokens); `valid` is null or says which of them are real.
 template <class Score>
-const Score* ranking(const Ranks<Score>& own, int64_t tokens, const Selection& policy) {
-  if (policy.window != 0) return own.state;
+const Score* ranking(const Ranks<Score>& own, const bool* valid, int64_t tokens, const Selection& policy) {
+  if (policy.rank == Rank::kDecay || policy.rank == Rank::kSum) return own.state;
+  if (policy.rank != Rank::kRing) {
+    Score* order = scratch<Score, 5>(2 * tokens);
+    const auto clock = static_cast<uint32_t>(own.real_tokens);
+    for (int64_t c = 0, rank = 0; c < tokens; ++c) {
+      order[c] = policy.rank == Rank::kStride
+                     ? static_cast<Score>(policy.on_stride(rank))
+                     : static_cast<Score>(hash_of(static_cast<uint32_t>(rank), clock));
+      rank += valid == nullptr || valid[c] ? 1 : 0;
+    }
+    return order;
+  }
   Score* total = scratch<Score, 5>(2 * tokens);
   Score* block = total + tokens;
   std::fill(total, total + tokens, Score(0));
@@ -134,6 +180,7 @@ const Score* ranking(const Ranks<Score>& own, int64_t tokens, const Selection& p
   return total;
 }
 
+// `own.state` is changed by a policy that drops rows for good: their score becomes -inf.
 template <class Score>
 int32_t choose(const Ranks<Score>& own, const bool* valid, int64_t tokens, const Selection& policy, int32_t* rows,
                int64_t width) {
@@ -145,16 +192,18 @@ int32_t choose(const Ranks<Score>& own, const bool* valid, int64_t tokens, const
   using Key = typename Ranked<Score>::Key;
   Key* keys = scratch<Key, 6>(tokens + 1);
   int64_t candidates = 0;
+  const bool drops = policy.rank == Rank::kSum;
+  constexpr Score kDropped = -std::numeric_limits<Score>::infinity();
   if (ranked > 0) {
-    const Score* score = ranking(own, tokens, policy);
-    if (valid == nullptr) {
+    const Score* score = ranking(own, valid, tokens, policy);
+    if (valid == nullptr && !drops) {
       for (int64_t c = sinks; c < first_local; ++c) keys[c - sinks] = Ranked<Score>::key(score[c], c);
       candidates = first_local - sinks;
     } else {
       int64_t rank = 0;
       for (int64_t c = 0; c < tokens && rank < first_local; ++c) {
-        if (!valid[c]) continue;
-        if (rank++ >= sinks) keys[candidates++] = Ranked<Score>::key(score[c], c);
+        if (valid != nullptr && !valid[c]) continue;
+        if (rank++ >= sinks && !(drops && score[c] == kDropped)) keys[candidates++] = Ranked<Score>::key(score[c], c);
       }
     }
   }
@@ -190,6 +239,14 @@ int32_t choose(const Ranks<Score>& own, const bool* valid, int64_t tokens, const
   }
   keep(tokens);
   std::fill(rows + std::min(kept, limit), rows + limit, 0);
+  if (drops) {
+    const int32_t* next = rows;
+    const int32_t* const end = rows + std::min(kept, limit);
+    for (int64_t position = 0; position < tokens; ++position) {
+      if (next != end && *next == position) ++next;
+      else own.state[position] = kDropped;
+    }
+  }
   return static_cast<int32_t>(kept);
 }
 
@@ -199,11 +256,14 @@ void select(const SelectCall& call, int64_t new_tokens, const Update& update) {
   const int64_t layer = call.layer, batch = call.scores.size[1], groups = call.scores.size[2];
   const int64_t ring = call.scores.size[3], capacity = call.scores.size[4], width = call.rows.size[3];
   const int64_t tokens = call.tokens, pairs = batch * groups;
-  const bool refresh = call.policy.is_refresh_step(tokens + 1, layer);
+  // After a dense block, refresh steps count from its end.
+  const bool dense_block = tokens == new_tokens || new_tokens > kSparseBlock;
+  const bool refresh = call.policy.is_refresh_step(dense_block ? 1 : tokens + 1 - call.origin, layer,
+                                                   dense_block ? 1 : new_tokens);
   int32_t* counts = call.counts.data<int32_t>() + layer * pairs;
   // A layer's counts are all -1 or none is; they describe the step that has just run.
   const bool dense = std::any_of(counts, counts + pairs, [](int32_t count) { return count < 0; });
-  const int64_t work = pairs * tokens * (call.policy.window != 0 ? 4 : ring + 4);
+  const int64_t work = pairs * tokens * (ring + 4);
   parallel(pairs, work, [&](int64_t pair) {
     const bool* valid = call.valid ? call.valid.data<bool>() + pair / groups * capacity : nullptr;
     int64_t real = tokens, own = new_tokens;
@@ -225,7 +285,7 @@ void select_after_step(const SelectCall& call) {
   const int64_t groups = call.scores.size[2], tokens = call.tokens;
   const Tensor& mass = call.mass;
   double fade = 1, boost = 1;
-  if (policy.window != 0) {
+  if (policy.rank == Rank::kDecay) {
     const int64_t exponent = policy.decay_exponent(tokens);
     if (exponent == 0) fade = policy.decay_power(16 * policy.window);
     boost = policy.decay_power(-exponent);
@@ -237,9 +297,10 @@ void select_after_step(const SelectCall& call) {
     if (fade != 1) {
       for (int64_t c = 0; c < ranks.capacity; ++c) state[c] *= static_cast<Score>(fade);
     }
+    if (policy.rank == Rank::kStride || policy.rank == Rank::kHash) return;
     if (own == 0) return;  // the attention row of a padding token counts for nothing
     Score* row = state;
-    if (policy.window == 0) {
+    if (policy.rank == Rank::kRing) {
       row = state + (ranks.real_tokens - 1) % ranks.ring * ranks.capacity;
       std::fill(row, row + ranks.capacity, Score(0));
     }
@@ -256,26 +317,33 @@ void seed_after_block(const SelectCall& call, int64_t new_tokens) {
   const int64_t groups = call.scores.size[2];
   const Tensor& mass = call.mass;
   const int64_t seeds = mass.size[2], columns = mass.size[3];
-  double fade = 1, boost = 1;
+  double boost = 1;
+  int64_t before = 0, after = 0;
   std::vector<Score> ages(seeds, 1);
-  if (policy.window != 0) {
-    const int64_t before = policy.decay_exponent(call.tokens - new_tokens);
-    const int64_t after = policy.decay_exponent(call.tokens);
-    fade = policy.decay_power(before + new_tokens - after);
+  if (policy.rank == Rank::kDecay) {
+    before = policy.decay_exponent(call.tokens - new_tokens);
+    after = policy.decay_exponent(call.tokens);
     boost = policy.decay_power(-after);
     for (int64_t r = 0; r < seeds; ++r) ages[r] = static_cast<Score>(policy.decay_power(seeds - 1 - r));
   }
   select<Score>(call, new_tokens, [&](int64_t pair, const Ranks<Score>& ranks, Score* state, int64_t own,
                                       const int32_t*, int64_t) {
     const Score* received = mass.data<Score>() + pair / groups * mass.stride[0] + pair % groups * mass.stride[1];
-    if (policy.window != 0) {
+    if (policy.rank == Rank::kStride || policy.rank == Rank::kHash) return;
+    if (policy.rank == Rank::kSum) {
+      for (int64_t c = 0; c < columns; ++c) state[c] += received[c * mass.stride[3]];
+      return;
+    }
+    if (policy.rank == Rank::kDecay) {
       Score* recent = scratch<Score, 8>(columns);
       std::fill(recent, recent + columns, Score(0));
       for (int64_t r = 0; r < seeds; ++r) {
         const Score* row = received + r * mass.stride[2];
         for (int64_t c = 0; c < columns; ++c) recent[c] += ages[r] * row[c * mass.stride[3]];
       }
-      for (int64_t c = 0; c < ranks.capacity; ++c) state[c] *= static_cast<Score>(fade);
+      // Older scores fade by the block's real tokens: padding must not age them.
+      const auto fade = static_cast<Score>(policy.decay_power(before + own - after));
+      for (int64_t c = 0; c < ranks.capacity; ++c) state[c] *= fade;
       for (int64_t c = 0; c < columns; ++c) state[c] += recent[c] * static_cast<Score>(boost);
       return;
     }
@@ -299,6 +367,7 @@ void select_or_seed(StableIValue* stack, bool seed) {
   Tensor counts = arguments.tensor();
   Tensor mass = arguments.tensor();
   Tensor length = arguments.tensor();
+  Tensor origin = arguments.tensor();
   Tensor valid = arguments.optional_tensor();
   const int64_t new_tokens = seed ? arguments.integer() : 1;
   const int64_t layer = arguments.integer();
@@ -310,7 +379,8 @@ void select_or_seed(StableIValue* stack, bool seed) {
   if (valid) valid.contiguous(2);
   require(scores.type == mass.type, "alisa: the attention mass does not have the dtype of the scores");
   const int64_t tokens = length.contiguous(1).data<int64_t>()[layer];
-  const SelectCall call{scores, rows, counts, mass, valid, layer, tokens, selection_of(spec)};
+  const int64_t since = origin.contiguous(1).data<int64_t>()[0];
+  const SelectCall call{scores, rows, counts, mass, valid, layer, tokens, since, selection_of(spec)};
   const bool wide = scores.type == Type::kDouble;
   require(wide || scores.type == Type::kFloat, "alisa: scores are float32 or float64");
   if (seed) {

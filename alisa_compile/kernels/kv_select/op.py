@@ -14,12 +14,15 @@ def _fake(
     counts: torch.Tensor,
     mass: torch.Tensor,
     length: torch.Tensor,
+    origin: torch.Tensor,
     valid: torch.Tensor | None,
     *args: object,
 ) -> None:
     return None
 
 
-_STATE = "Tensor(a!) scores, Tensor(b!) rows, Tensor(c!) counts, Tensor mass, Tensor length, Tensor? valid"
+_STATE = (
+    "Tensor(a!) scores, Tensor(b!) rows, Tensor(c!) counts, Tensor mass, Tensor length, Tensor origin, Tensor? valid"
+)
 define(f"kv_seed({_STATE}, SymInt new_tokens, int layer, str spec) -> ()", kv_seed, _fake, native=True)
 define(f"kv_select({_STATE}, int layer, str spec) -> ()", kv_select, _fake, native=True)

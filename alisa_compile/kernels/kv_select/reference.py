@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..selection import SelectionSpec, decode_spec
+from ..selection import SPARSE_BLOCK, SelectionSpec, decode_spec
 
 ALL_ROWS = -1  # a count that stands for every valid position
 
@@ -14,14 +14,16 @@ def kv_select(
     counts: torch.Tensor,
     mass: torch.Tensor,
     length: torch.Tensor,
+    origin: torch.Tensor,
     valid: torch.Tensor | None,
     layer: int,
     spec: str,
 ) -> None:
     """After a decode step: add its attention mass to the scores, then choose the next step's working set.
 
-    scores: `[L, B, G, R, C]`, a decayed sum (R = 1) or a ring of the last R attention rows; rows: `[L, B, G, W]` int32;
-    counts: `[L, B, G]` int32; mass: `[B, G, C]` from `swa_attention`; length: `[L]`; valid: `[B, C]` or None.
+    scores: `[L, B, G, R, C]`, a sum (R = 1) or a ring of the last R attention rows; rows: `[L, B, G, W]` int32; counts:
+    `[L, B, G]` int32; mass: `[B, G, C]` from `swa_attention`; length: `[L]`; origin: `[1]` int64, tokens there were
+    after the last dense block; valid: `[B, C]` or None.
     Rows that were not attended add nothing: the paper leaves this open, and writing zeros is its literal reading.
     """
     policy = decode_spec(spec)
@@ -38,14 +40,16 @@ def kv_select(
     own = _valid_tokens(valid, tokens, mass) - _valid_tokens(valid, tokens - 1, mass)
     row *= own[:, None, None]  # the attention row of a padding token counts for nothing
     state = scores[layer]
-    if policy.window:
+    if policy.rank == "decay":
         exponent = policy.decay_exponent(tokens)
         if exponent == 0:
             state *= policy.decay ** (16 * policy.window)
         state[:, :, 0] += row * policy.decay**-exponent
-    else:
+    elif policy.rank == "ring":
         write_ring(state, row.unsqueeze(2), _valid_tokens(valid, tokens, mass), own)
-    _choose(scores, rows, counts, tokens, valid, layer, policy)
+    elif policy.rank == "sum":
+        state[:, :, 0] += row
+    _choose_next(scores, rows, counts, tokens, int(origin), valid, 1, layer, policy)
 
 
 def kv_seed(
@@ -54,6 +58,7 @@ def kv_seed(
     counts: torch.Tensor,
     mass: torch.Tensor,
     length: torch.Tensor,
+    origin: torch.Tensor,
     valid: torch.Tensor | None,
     new_tokens: int,
     layer: int,
@@ -64,18 +69,21 @@ def kv_seed(
     tokens = int(length[layer])
     seed_rows, columns = mass.shape[2], mass.shape[3]
     state = scores[layer]
-    if policy.window:
+    own = _valid_tokens(valid, tokens, mass) - _valid_tokens(valid, tokens - new_tokens, mass)
+    if policy.rank == "decay":
         age = torch.arange(seed_rows - 1, -1, -1, device=mass.device, dtype=mass.dtype)
         recent = torch.einsum("bgrc,r->bgc", mass, policy.decay**age)
         before, after = policy.decay_exponent(tokens - new_tokens), policy.decay_exponent(tokens)
-        state *= policy.decay ** (before + new_tokens - after)
+        # Older scores fade by the block's real tokens: padding must not age them.
+        state *= (policy.decay ** (before + own - after).double()).to(state.dtype)[:, None, None, None]
         state[:, :, 0, :columns] += recent * policy.decay**-after
-    else:
+    elif policy.rank == "ring":
         padded = torch.zeros((*mass.shape[:3], state.shape[-1]), dtype=mass.dtype, device=mass.device)
         padded[..., :columns] = mass
-        own = _valid_tokens(valid, tokens, mass) - _valid_tokens(valid, tokens - new_tokens, mass)
         write_ring(state, padded, _valid_tokens(valid, tokens, mass), own)
-    _choose(scores, rows, counts, tokens, valid, layer, policy)
+    elif policy.rank == "sum":
+        state[:, :, 0, :columns] += mass[:, :, 0]
+    _choose_next(scores, rows, counts, tokens, int(origin), valid, new_tokens, layer, policy)
 
 
 def _valid_tokens(valid: torch.Tensor | None, tokens: int, like: torch.Tensor) -> torch.Tensor:
@@ -100,20 +108,62 @@ def write_ring(ring: torch.Tensor, new_rows: torch.Tensor, valid_tokens: torch.T
     ring.scatter_(2, index, torch.where(written, new_rows, ring.gather(2, index)))
 
 
-def ranking_of(state: torch.Tensor, valid_tokens: torch.Tensor, policy: SelectionSpec) -> torch.Tensor:
-    """The score of every position, `[B, G, C]`: larger is kept first."""
-    if policy.window:
-        return state[:, :, 0]
-    size = state.shape[2]
-    slot = torch.arange(size, device=state.device)
-    # Age of the row in ring slot s: how many real tokens ago it was written.
-    age = (valid_tokens[:, None] - 1 - slot).remainder(size)
-    window = torch.as_tensor(policy.local_rows(valid_tokens + 1))
-    used = (age < window[:, None]) & (age < valid_tokens[:, None])
-    return (state * used[:, None, :, None]).sum(2)
+def ranking_of(state: torch.Tensor, real: torch.Tensor, policy: SelectionSpec) -> torch.Tensor:
+    """The score of every position, `[B, G, T]`: larger is kept first.
+
+    state: `[B, G, R, C]`; real: `[B, T]` bool, the last real position of a sequence being its current token, whose
+    score does not matter. Padding has no part in any score.
+    """
+    groups, size, capacity = state.shape[1:]
+    positions = real.shape[1]
+    if policy.rank in ("decay", "sum"):
+        return F.pad(state[:, :, 0, :positions], (0, max(0, positions - capacity)))
+    past = real.sum(-1) - 1
+    if policy.rank == "ring":
+        slot = torch.arange(size, device=state.device)
+        # Age of the row in ring slot s: how many real tokens ago it was written.
+        age = (past[:, None] - 1 - slot).remainder(size)
+        window = torch.as_tensor(policy.local_rows(past + 1))
+        used = (age < window[:, None]) & (age < past[:, None])
+        summed = (state * used[:, None, :, None]).sum(2)
+        return F.pad(summed[..., :positions], (0, max(0, positions - capacity)))
+    rank = real.long().cumsum(-1) - 1
+    if policy.rank == "stride":
+        share = policy.dynamic
+        order = (rank * share.numerator % share.denominator < share.numerator).long()
+    else:
+        order = _hash(rank, past[:, None])
+    return order.to(state.dtype)[:, None].expand(-1, groups, -1)
 
 
-def _choose(
+def _hash(rank: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+    """24 pseudo-random bits for each (rank, clock): exact in float32."""
+    mixed = (rank * 2654435761 + clock * 2246822519) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 3266489917) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 13)) >> 8
+
+
+def _choose_next(
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    tokens: int,
+    origin: int,
+    valid: torch.Tensor | None,
+    new_tokens: int,
+    layer: int,
+    policy: SelectionSpec,
+) -> None:
+    """Choose for the step after `tokens` tokens, of which the last `new_tokens` have just come."""
+    if tokens == new_tokens or new_tokens > SPARSE_BLOCK:  # a dense block: refresh steps count from its end
+        origin, new_tokens = tokens, 1
+    if policy.is_refresh_step(tokens + 1 - origin, layer, new_tokens):
+        counts[layer] = ALL_ROWS
+        return
+    choose(scores, rows, counts, tokens, valid, layer, policy)
+
+
+def choose(
     scores: torch.Tensor,
     rows: torch.Tensor,
     counts: torch.Tensor,
@@ -124,17 +174,14 @@ def _choose(
 ) -> None:
     """Write the working set of the step that will hold `tokens + 1` tokens, the coming one (always local) included."""
     following = tokens + 1
-    if policy.is_refresh_step(following, layer):
-        counts[layer] = ALL_ROWS
-        return
     state = scores[layer]
     if valid is None:
         real = torch.ones((state.shape[0], following), dtype=torch.bool, device=state.device)
     else:
         real = F.pad(valid[:, :tokens], (0, 1), value=True)
-    # The coming token needs no score, and has no column when it is the first past the capacity.
-    ranking = F.pad(ranking_of(state, _valid_tokens(valid, tokens, state), policy)[..., :tokens], (0, 1))
-    chosen = working_set(ranking, real, policy)
+    chosen = working_set(ranking_of(state, real, policy), real, policy)
+    if policy.rank == "sum":
+        state[:, :, 0, :tokens].masked_fill_(~chosen[..., :tokens], float("-inf"))
     width = min(rows.shape[-1], following)
     ascending = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :width]
     kept = chosen.sum(-1)
@@ -155,12 +202,14 @@ def working_set(ranking: torch.Tensor, real: torch.Tensor, policy: SelectionSpec
     is_local = real & (rank >= (length - local)[:, None])
     is_sink = real & (rank < sinks[:, None]) & ~is_local
     candidates = real & ~is_local & ~is_sink
-    ranking = ranking.masked_fill(~candidates[:, None], float("-inf"))
+    # A score of -inf marks a row that was dropped for good.
+    candidates = candidates[:, None] & (ranking != float("-inf"))
+    ranking = ranking.masked_fill(~candidates, float("-inf"))
     # A stable ascending sort leaves equal scores in order of position, so its tail prefers the larger position.
     order = ranking.argsort(dim=-1, stable=True)
     positions = ranking.shape[-1]
     place = torch.arange(positions, device=ranking.device) >= (positions - (dynamic - sinks))[:, None]
     chosen = torch.zeros_like(ranking, dtype=torch.bool)
     chosen.scatter_(-1, order, place[:, None].expand_as(chosen))
-    kept: torch.Tensor = (chosen & candidates[:, None]) | (is_local | is_sink)[:, None]
+    kept: torch.Tensor = (chosen & candidates) | (is_local | is_sink)[:, None]
     return kept

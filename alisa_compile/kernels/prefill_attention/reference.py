@@ -26,7 +26,7 @@ def prefill_attention(
 
     Returns the output `[B, Hq, S, D]` and the mass `[B, groups, R, S]`, R = `spec.seed_rows(S)`: the attention rows of
     each sequence's last R valid tokens, oldest first, summed over the group's query heads. A sequence with fewer
-    valid tokens has zeros in its oldest rows.
+    valid tokens has zeros in its oldest rows. For a spec of rank `sum` it is one row, the sum over all valid tokens.
     """
     valid = None if padding_mask is None else padding_mask[:, : key.shape[2]] != 0
     if valid is None:
@@ -35,8 +35,10 @@ def prefill_attention(
         out = out.contiguous()  # as the shape function promises; torch may follow the strides of the query
     else:
         out = blockwise_attention(query, key, value, valid, query_start=0, scale=scale)
-    seed_rows = decode_spec(spec).seed_rows(query.shape[2]) if spec else 0
-    return out, last_rows_mass(query, key, valid, groups, int(seed_rows), query_start=0, scale=scale)
+    policy = decode_spec(spec) if spec else None
+    seed_rows = int(policy.seed_rows(query.shape[2])) if policy else 0
+    total = policy is not None and policy.rank == "sum"
+    return out, last_rows_mass(query, key, valid, groups, seed_rows, query_start=0, scale=scale, total=total)
 
 
 def blockwise_attention(
@@ -82,12 +84,18 @@ def last_rows_mass(
     *,
     query_start: int,
     scale: float,
+    total: bool = False,
 ) -> torch.Tensor:
-    """Attention rows of the last `seed_rows` valid queries, summed over heads: `[B, groups, seed_rows, Skv]`."""
+    """Attention rows of the last `seed_rows` valid queries, summed over heads: `[B, groups, seed_rows, Skv]`.
+
+    total: instead one row, the sum over all queries.
+    """
     batch_size, query_heads, query_length, head_dim = query.shape
     kv_heads, kv_length = key.shape[1], key.shape[2]
     dtype = score_dtype(query.dtype)
-    mass = torch.zeros((batch_size, groups, seed_rows, kv_length), dtype=dtype, device=query.device)
+    mass = torch.zeros((batch_size, groups, 1 if total else seed_rows, kv_length), dtype=dtype, device=query.device)
+    if total:
+        seed_rows = query_length
     if valid is None:
         chosen = torch.arange(query_length - seed_rows, query_length, device=query.device).expand(batch_size, -1)
         real = None
@@ -101,8 +109,8 @@ def last_rows_mass(
     for start in range(0, seed_rows, block):
         index = chosen[:, start : start + block]
         count = index.shape[1]
-        rows = query.gather(2, index[:, None, :, None].expand(-1, query_heads, -1, head_dim))
-        packed = rows.reshape(batch_size, kv_heads, -1, head_dim)  # [B, Hkv, Hq / Hkv * count, D]
+        queries = query.gather(2, index[:, None, :, None].expand(-1, query_heads, -1, head_dim))
+        packed = queries.reshape(batch_size, kv_heads, -1, head_dim)  # [B, Hkv, Hq / Hkv * count, D]
         logits = (packed @ key.transpose(-1, -2)).to(dtype) * scale
         logits = logits.reshape(batch_size, query_heads, count, kv_length)
         positions = index + query_start
@@ -112,5 +120,9 @@ def last_rows_mass(
         weights = logits.masked_fill(~attends[:, None], float("-inf")).softmax(-1)
         if real is not None:
             weights = weights * real[:, None, start : start + block, None]
-        mass[:, :, start : start + block] = weights.reshape(batch_size, groups, -1, count, kv_length).sum(2)
+        rows = weights.reshape(batch_size, groups, -1, count, kv_length).sum(2)
+        if total:
+            mass += rows.sum(2, keepdim=True)
+        else:
+            mass[:, :, start : start + block] = rows
     return mass
