@@ -34,7 +34,7 @@ class AlisaLayer(CacheLayerMixin):
     """
 
     is_compileable = False  # generate() must hand the 2-D mask to the model, not a prepared S x N one
-    is_croppable = False
+    is_croppable = True
     is_sliding = False
     supports_early_init = False
 
@@ -177,29 +177,28 @@ class AlisaLayer(CacheLayerMixin):
             self.store.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not available yet, except for removing nothing."""
-        if tokens_to_remove != 0:
-            _refuse("crop (assisted and prompt-lookup decoding)")
+        """See `AlisaCache.crop`: the layers of a cache share one store."""
+        _for_the_whole_cache("crop")
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Not available yet."""
-        _refuse("reorder_cache (beam search)")
+        """See `AlisaCache.reorder_cache`."""
+        _for_the_whole_cache("reorder_cache")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Not available yet."""
-        _refuse("batch_repeat_interleave")
+        """See `AlisaCache.batch_repeat_interleave`."""
+        _for_the_whole_cache("batch_repeat_interleave")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Not available yet."""
-        _refuse("batch_select_indices")
+        """See `AlisaCache.batch_select_indices`."""
+        _for_the_whole_cache("batch_select_indices")
 
     def offload(self) -> None:
         """transformers' own layer-wise offloading does not apply: rows move token by token."""
-        _refuse("layer-wise offloading")
+        _refuse_offloading()
 
     def prefetch(self) -> None:
         """See `offload`."""
-        _refuse("layer-wise offloading")
+        _refuse_offloading()
 
 
 class AlisaCache(Cache):
@@ -328,6 +327,58 @@ class AlisaCache(Cache):
                 fix="build the cache from the config of the model that uses it",
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every sequence, as assisted decoding does with rejected drafts.
+
+        tokens_to_remove: negative, how many; a positive number is the length to keep, as in older transformers.
+        """
+        length = self.get_seq_length()
+        kept = max(0, length + tokens_to_remove) if tokens_to_remove <= 0 else min(length, tokens_to_remove)
+        for layer in self._foreign_layers():
+            layer.crop(kept - length)
+        for store in self.stores:
+            store.crop(kept)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let sequence b continue from what sequence `beam_idx[b]` was (beam search)."""
+        for layer in self._foreign_layers():
+            layer.reorder_cache(beam_idx)
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times, one after the other; the cache then holds the larger batch."""
+        for layer in self._foreign_layers():
+            layer.batch_repeat_interleave(repeats)
+        if self.is_allocated:
+            self._select([sequence for sequence in range(self._batch_size) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences (indices or a mask), in this order; the cache then holds the smaller batch."""
+        for layer in self._foreign_layers():
+            layer.batch_select_indices(indices)
+        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+
+    def _foreign_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, AlisaLayer)]
+
+    @property
+    def _batch_size(self) -> int:
+        return self.stores[0].shape.batch_size
+
+    def _select(self, index: list[int]) -> None:
+        if not self.is_allocated:
+            return
+        if any(not -self._batch_size <= sequence < self._batch_size for sequence in index):
+            raise CacheError(
+                "there is no such sequence in this AlisaCache",
+                got=f"indices {index}",
+                expected=f"each from 0 to {self._batch_size - 1}",
+                fix="select sequences that the cache holds",
+            )
+        for store in self.stores:
+            store.select_sequences([sequence % self._batch_size for sequence in index])
+        self.adopt(self.stores)
 
     @property
     def nbytes(self) -> int:
@@ -463,7 +514,13 @@ def _kv_shape(config: Any) -> tuple[int, int] | None:
     return int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
 
 
-def _refuse(what: str) -> NoReturn:
+def _for_the_whole_cache(name: str) -> NoReturn:
+    raise CacheError(
+        f"{name} of a single layer: the layers of an AlisaCache share one store", fix=f"call {name} of the cache itself"
+    )
+
+
+def _refuse_offloading() -> NoReturn:
     raise NotAvailableError(
-        f"{what} is not available yet with AlisaCache", fix="use transformers' own cache for this call"
+        "layer-wise offloading is not available yet with AlisaCache", fix="use transformers' own cache for this call"
     )

@@ -232,7 +232,7 @@ def _cache_route(model: Any) -> _Route:
         call = _active(model)
         if call is not None and not call.prepared:
             call.prepared = True
-            _provide_cache(call, generation_config, model_kwargs, mode, batch_size, max_cache_length)
+            _provide_cache(call, generation_config, model_kwargs, batch_size, max_cache_length)
         return original(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
     return _Route(model, "_prepare_cache_for_generation", prepare)
@@ -242,13 +242,12 @@ def _provide_cache(
     call: _Call,
     generation_config: Any,
     model_kwargs: dict[str, Any],
-    mode: Any,
     batch_size: int,
     max_cache_length: int,
 ) -> None:
     """Put an AlisaCache for this request into `model_kwargs`, unless the request asks for something else."""
     given = model_kwargs.get("past_key_values")
-    reason = _reason_to_stay_out(call, given, generation_config, mode)
+    reason = _reason_to_stay_out(call, given, generation_config)
     if reason is not None:
         if reason not in call.session.warned:
             call.session.warned.add(reason)
@@ -282,7 +281,7 @@ def _provide_cache(
         )
 
 
-def _reason_to_stay_out(call: _Call, given: Any, generation_config: Any, mode: Any) -> str | None:
+def _reason_to_stay_out(call: _Call, given: Any, generation_config: Any) -> str | None:
     model = call.model
     if model.config.is_encoder_decoder:
         return "encoder-decoder models are not supported"
@@ -296,11 +295,6 @@ def _reason_to_stay_out(call: _Call, given: Any, generation_config: Any, mode: A
         return "output_attentions=True needs attention weights, which fused attention does not return"
     if given is not None:
         return None
-    name = str(getattr(mode, "value", mode))
-    if "beam" in name or "assisted" in name:
-        return f"{name.replace('_', ' ')} is not available yet with AlisaCache"
-    if generation_config.is_assistant:
-        return "an assistant model has to roll its cache back"
     if not model._supports_default_dynamic_cache():
         return "this model keeps its state in a cache class of its own"
     config = model.config.get_text_config(decoder=True)

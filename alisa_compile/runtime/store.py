@@ -11,7 +11,8 @@ import torch
 from .. import compat
 from ..config import AlisaConfig
 from ..errors import CacheError
-from ..kernels.selection import SPARSE_BLOCK
+from ..kernels.kv_select.reference import choose
+from ..kernels.selection import SPARSE_BLOCK, SelectionSpec
 from ..kernels.swa_attention.reference import score_dtype
 from .policies import head_groups, selection_spec
 from .report import RunStatistics
@@ -157,6 +158,98 @@ class TokenStore:
         self.host_length = 0
         self._set_origin(0)
         self._in_step = False
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from position `length` on, as after rejected drafts. Not inside a step.
+
+        Sparse policies: the coming step's working set is chosen again. Attention that the forgotten tokens paid stays
+        in the scores of the others; Algorithm 1's ring loses the rows that they had overwritten, and what H2O dropped
+        for them stays dropped.
+        """
+        removed = self.host_length - length
+        if removed <= 0:
+            return
+        if length == 0:
+            self.reset()
+            return
+        if self.selection is not None:
+            self._crop_selection(self.selection, length)
+        self.length.fill_(length)
+        self.valid[:, length:] = True
+        self.host_length = length
+        self._set_origin(min(self.host_origin, length))
+
+    def _crop_selection(self, selection: SelectionSpec, length: int) -> None:
+        assert self.scores is not None and self.rows is not None and self.counts is not None
+        self.scores[..., length:] = 0
+        if selection.rank == "decay":
+            # Undo the fading of the forgotten steps, and go back to the exponent that `length` implies.
+            old, new = selection.decay_exponent(self.host_length), selection.decay_exponent(length)
+            self.scores *= selection.decay ** (old - new - (self.host_length - length))
+        elif selection.rank == "ring":
+            before, after = (self.valid[:, :tokens].sum(-1).tolist() for tokens in (self.host_length, length))
+            ring = self.scores.shape[3]
+            for sequence, (last, first) in enumerate(zip(before, after, strict=True)):
+                gone = {rank % ring for rank in range(max(first, last - ring), last)}
+                self.scores[:, sequence, :, sorted(gone)] = 0
+        valid = self.valid if self.padded else None
+        for layer in range(self.shape.num_layers):
+            if int(self.counts[layer].min()) >= 0:  # a refresh that is due stays due
+                choose(self.scores, self.rows, self.counts, length, valid, layer, selection)
+
+    def select_sequences(self, index: list[int]) -> None:
+        """Let sequence b be a copy of what sequence `index[b]` was, for beam search and the like. Not inside a step.
+
+        Every sequence owns its slots. One that is kept takes its slots along, in the table alone; only the rows of
+        those that are kept more than once are copied.
+        """
+        if len(index) != self.shape.batch_size:
+            self._resize_batch(index)
+            return
+        if index == list(range(len(index))):
+            return
+        unused = iter(sorted(set(range(len(index))) - set(index)))
+        owner: dict[int, int] = {}
+        duplicates = []
+        moved = []
+        for target, source in enumerate(index):
+            if source in owner:
+                duplicates.append((target, owner[source]))
+                moved.append(next(unused))
+            else:
+                owner[source] = target
+                moved.append(source)
+        self.table.copy_(self.table[:, moved])
+        self._copy_rows(self, duplicates)
+        for tensor in (self.scores, self.rows, self.counts):
+            if tensor is not None:
+                tensor.copy_(tensor[:, index])
+        self.valid.copy_(self.valid[index])
+
+    def _copy_rows(self, source: TokenStore, pairs: list[tuple[int, int]]) -> None:
+        """Copy the rows of sequence `b` of `source` to sequence `a` of this store, for each (a, b)."""
+        for mine, other in pairs:
+            here = self.table[:, mine, :, : source.host_length].long()
+            there = source.table[:, other, :, : source.host_length].long()
+            self.pool[here] = source.pool[there]
+            if self.scales is not None and source.scales is not None:
+                self.scales[here] = source.scales[there]
+
+    def _resize_batch(self, index: list[int]) -> None:
+        """`select_sequences` where the number of sequences changes: new storage."""
+        new = TokenStore(dataclasses.replace(self.shape, batch_size=len(index)), self.config, self.capacity)
+        new._copy_rows(self, list(enumerate(index)))
+        new.length.copy_(self.length)
+        new.valid.copy_(self.valid[index])
+        for mine, theirs in ((new.scores, self.scores), (new.rows, self.rows), (new.counts, self.counts)):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs[:, index])
+        new.host_length, new.has_history, new.padded = self.host_length, self.has_history, self.padded
+        new.statistics = self.statistics
+        new._set_origin(self.host_origin)
+        vars(self).update(vars(new))
+        self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
+        self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, by doubling; contents are kept. Not inside a compiled step."""

@@ -169,8 +169,6 @@ def test_graph_break_between_layers(ids: torch.Tensor) -> None:
 
 
 STAY_OUT: dict[str, tuple[dict[str, Any], str]] = {
-    "beams": ({"num_beams": 2}, "beam search"),
-    "prompt lookup": ({"prompt_lookup_num_tokens": 2}, "assisted generation"),
     "no cache": ({"use_cache": False}, "use_cache=False"),
     "static": ({"cache_implementation": "static"}, "cache_implementation='static'"),
     "dynamic": ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
@@ -205,14 +203,6 @@ def test_a_given_dynamic_cache_is_used(stock: Any, ids: torch.Tensor, log: pytes
     assert torch.equal(generate(model, out, NEW - 3, past_key_values=cache), expected)
     assert cache.get_seq_length() == ids.shape[1] + NEW - 1
     assert len(warnings_of(log)) == 1 and "DynamicCache" in warnings_of(log)[0]
-
-
-def test_assistant_model(stock: Any, ids: torch.Tensor, log: pytest.LogCaptureFixture) -> None:
-    """A draft model: right, one warning."""
-    draft = tiny_model("llama", layers=1, seed=8)
-    expected = generate(stock, ids, 4)
-    assert torch.equal(generate(compiled(stock, **SPARSE), ids, 4, assistant_model=draft), expected)
-    assert len(warnings_of(log)) == 1 and "assisted generation" in warnings_of(log)[0]
 
 
 def test_encoder_decoder(log: pytest.LogCaptureFixture) -> None:

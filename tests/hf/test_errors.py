@@ -250,32 +250,29 @@ def test_training_mode_is_refused_by_name(ids: torch.Tensor) -> None:
     assert "dropout (training mode)" in rows[0].skipped[0].reason
 
 
-def test_operations_that_are_not_there_yet(stock: Any, ids: torch.Tensor) -> None:
-    """crop, reorder and their kin: NotAvailableError with a way out; cropping nothing is allowed."""
+def test_operations_that_are_not_there_yet(stock: Any) -> None:
+    """transformers' layer-wise offloading: NotAvailableError with a way out."""
     cache = AlisaCache(stock.config, batch_size=1, sparsity=0.0)
-    nothing = torch.zeros(1, dtype=torch.int64)
-    operations: dict[str, Callable[[], Any]] = {
-        "crop": lambda: cache.crop(-1),
-        "reorder_cache": lambda: cache.reorder_cache(nothing),
-        "batch_repeat_interleave": lambda: cache.batch_repeat_interleave(2),
-        "batch_select_indices": lambda: cache.batch_select_indices(nothing),
-        "layer-wise offloading": lambda: cache.layers[0].offload(),
-    }
-    for name, operation in operations.items():
-        with pytest.raises(NotAvailableError, match=f"{name}.* not available yet.*to fix: use transformers' own cache"):
+    for operation in (cache.layers[0].offload, cache.layers[0].prefetch):
+        with pytest.raises(NotAvailableError, match=r"offloading is not available yet.*to fix: use transformers' own"):
             operation()
-    with pytest.raises(NotAvailableError, match="layer-wise offloading"):
-        cache.layers[0].prefetch()
-    cache.crop(0)
 
 
-def test_beams_over_our_cache(stock: Any, ids: torch.Tensor) -> None:
-    """Beam search over a given AlisaCache is refused by name, out of generate, as our type."""
-    cache = AlisaCache(stock.config, sparsity=0.0)
-    with pytest.raises(NotAvailableError, match=r"reorder_cache \(beam search\).*to fix") as caught:
-        generate(compiled(stock, sparsity=0.0), ids, past_key_values=cache, num_beams=2)
-    assert type(caught.value) is NotAvailableError
-    assert not hook._installed
+def test_operations_on_one_layer(stock: Any) -> None:
+    """The layers share a store, so what concerns all of them is refused on one."""
+    layer, nothing = AlisaCache(stock.config, batch_size=1, sparsity=0.0).layers[0], torch.zeros(1, dtype=torch.int64)
+    for name, argument in (
+        ("crop", -1), ("reorder_cache", nothing), ("batch_repeat_interleave", 2), ("batch_select_indices", nothing)
+    ):  # fmt: skip
+        with pytest.raises(CacheError, match=rf"{name} of a single layer.*to fix: call {name} of the cache itself"):
+            getattr(layer, name)(argument)
+
+
+def test_sequences_that_are_not_there(stock: Any) -> None:
+    """An index past the batch is refused before anything moves."""
+    cache = AlisaCache(stock.config, batch_size=2, sparsity=0.0)
+    with pytest.raises(CacheError, match=r"no such sequence.*got: indices \[0, 2\].*expected: each from 0 to 1"):
+        cache.reorder_cache(torch.tensor([0, 2]))
 
 
 # Reports
