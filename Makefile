@@ -30,8 +30,8 @@ demo: $(STAMP) ## generate text at 80 % sparsity with the embedded model
 test: $(STAMP) ## the tests, without the slow ones
 	$(BIN)/pytest --timeout=600 $(PYTEST_ARGS)
 
-test-all: $(STAMP) ## every test
-	$(BIN)/pytest --timeout=1800 -m "" $(PYTEST_ARGS)
+test-all: $(STAMP) ## every test; writes tests/hf/SUPPORT.md
+	$(BIN)/pytest --timeout=1800 -m "" --support-table tests/hf/SUPPORT.md $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check alisa_compile tests benchmarks

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from alisa_compile import AlisaCache
 from alisa_compile.hf import attention as alisa_attention
 from tests.kernels.harness import Driver, Heads, random_block, stored_rows
-from tests.support import left_padded, tiny_model
+from tests.support import compiled, left_padded, tiny_model
 
 _OPTIONS: list[dict[str, Any]] = [
     {"sparsity": 0.0},
@@ -227,3 +227,51 @@ def test_every_sequence_owns_its_slots(data: st.DataObject) -> None:
                 for mine, theirs in zip(stored_rows(driver, layer, target), before[layer][source], strict=True):
                     assert torch.equal(mine, theirs)
         driver.forward(random_block(generator, heads, 1, batch=batch, layers=2, dtype=torch.float32))
+
+
+# transformers' own expectations of a cache, here of a compiled `generate`
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sparsity": 0.8, "refresh": 5},
+        {"paper": True},
+        {"policy": "h2o"},
+        {"policy": "strided"},
+        {"policy": "churn"},
+    ],
+    ids=str,
+)
+def test_extra_left_padding_changes_nothing(options: dict[str, Any]) -> None:
+    """At any policy, a row's tokens are those it has alone: refresh steps and scores ignore padding."""
+    stock = tiny_model("llama", layers=2, seed=3)
+    model = compiled(stock, inner="eager", **options)
+    ids, mask = left_padded(3, 30)
+    together = _greedy(model, ids, mask, 40)
+    for row in range(3):
+        own = ids[row : row + 1, mask[row] == 1]
+        assert torch.equal(_greedy(model, own, torch.ones_like(own), 40)[0, own.shape[1] :], together[row, 30:])
+        pad = torch.zeros((1, 11), dtype=torch.int64)
+        more = _greedy(model, torch.cat([pad, own], 1), torch.cat([pad, torch.ones_like(own)], 1), 40)
+        assert torch.equal(more[0, 11 + own.shape[1] :], together[row, 30:])
+
+
+def test_int8_needs_less_memory_than_dynamic_cache() -> None:
+    """Everything the cache holds, tables included, against the K and V of transformers' own, after the same tokens."""
+    stock = tiny_model("llama", layers=2, hidden_size=512)
+    ids, mask = left_padded(2, 400)
+    ours, theirs = AlisaCache(stock.config, sparsity=0.0, kv_dtype="int8"), DynamicCache(config=stock.config)
+    for cache, model in ((ours, compiled(stock, inner="eager", sparsity=0.0, kv_dtype="int8")), (theirs, stock)):
+        _greedy(model, ids, mask, 8, past_key_values=cache)
+    dynamic = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    assert ours.nbytes < 0.35 * dynamic  # int8 instead of float32, scales and tables included
+
+
+def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, **options: Any) -> torch.Tensor:
+    out: torch.Tensor = model.generate(
+        ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
+    )
+    return out

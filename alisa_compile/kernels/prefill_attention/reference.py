@@ -28,11 +28,13 @@ def prefill_attention(
     each sequence's last R valid tokens, oldest first, summed over the group's query heads. A sequence with fewer
     valid tokens has zeros in its oldest rows. For a spec of rank `sum` it is one row, the sum over all valid tokens.
     """
+    key, value = key.to(query.dtype), value.to(query.dtype)  # autocast mixes them
     valid = None if padding_mask is None else padding_mask[:, : key.shape[2]] != 0
     if valid is None:
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-        out = out.contiguous()  # as the shape function promises; torch may follow the strides of the query
+        # As the shape function promises: torch may follow the strides of the query, and autocast change the dtype.
+        out = out.to(query.dtype).contiguous()
     else:
         out = blockwise_attention(query, key, value, valid, query_start=0, scale=scale)
     policy = decode_spec(spec) if spec else None

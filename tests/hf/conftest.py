@@ -1,0 +1,49 @@
+"""`--support-table FILE`: write what `test_modes.py` found, family by generation mode, as a Markdown table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tabulate import tabulate
+
+_cells: dict[tuple[str, str], str] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option."""
+    parser.addoption("--support-table", metavar="FILE", help="write family x generation mode as run in this session")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember one cell."""
+    for name, value in report.user_properties:
+        if name == "support" and report.when == "call":
+            family, mode, refused = value  # type: ignore[misc]
+            _cells[family, mode] = ("dense" if refused else "yes") if report.passed else "FAILED"
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """Write the table."""
+    path = session.config.getoption("--support-table")
+    if not path or not _cells:
+        return
+    families, modes = (list(dict.fromkeys(key[place] for key in _cells)) for place in (0, 1))
+    rows = [[mode, *(_cells.get((family, mode), "not run") for family in families)] for mode in modes]
+    # Families are many and modes are few, but names of families are short enough to stand on the left.
+    turned = [list(column) for column in zip(*rows, strict=True)]
+    numbers = [f"{number}" for number in range(1, len(modes) + 1)]
+    table = tabulate(
+        [[family, *cells] for family, cells in zip(families, turned[1:], strict=True)],
+        headers=["", *numbers],
+        tablefmt="github",
+    )
+    legend = "\n".join(f"{number}. {mode}" for number, mode in zip(numbers, modes, strict=True))
+    Path(path).write_text(
+        "# Model families and generation modes\n\n"
+        "Written by `make test-all` (tests/hf/test_modes.py): small random models against stock transformers at "
+        "sparsity 0.\n`yes`: attention rewritten, and the mode's result is stock's. `dense`: the same result, with "
+        f"attention left dense and the reason\nin a warning and in the report.\n\n{table}\n\n{legend}\n",
+        encoding="utf-8",
+    )
