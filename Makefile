@@ -31,7 +31,7 @@ test: $(STAMP) ## the tests, without the slow ones
 	$(BIN)/pytest --timeout=600 $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## every test; writes tests/hf/SUPPORT.md
-	$(BIN)/pytest --timeout=1800 -m "" --support-table tests/hf/SUPPORT.md $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --timeout=1800 -m "" -p tests.hf.support_table --support-table tests/hf/SUPPORT.md $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check alisa_compile tests benchmarks

@@ -62,7 +62,7 @@ class Sequence:
         """
         outputs = []
         past: Collection[int] = range(len(self))
-        if 0 < len(self) and len(queries) <= 16:
+        if len(self) > 0 and len(queries) <= 16:
             past = [token for token in self.globals() + self.locals() if token < len(self)]
         start = len(self)
         for query, key, value in zip(queries, keys, values, strict=True):

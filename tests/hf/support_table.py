@@ -1,4 +1,7 @@
-"""`--support-table FILE`: write what `test_modes.py` found, family by generation mode, as a Markdown table."""
+"""pytest plugin, `-p tests.hf.support_table --support-table FILE`: what `test_modes.py` found, family by mode.
+
+A Markdown table. `make test-all` uses it.
+"""
 
 from __future__ import annotations
 
