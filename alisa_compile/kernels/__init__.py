@@ -12,21 +12,25 @@ if __name__ == "alisa_compile.kernels":
     from . import (
         buffer_attention,
         extend_attention,
+        gather_rows,
         kv_append,
         kv_read,
         kv_select,
         prefill_attention,
         quantize_row,
+        scatter_rows,
         swa_attention,
     )
 
 __all__ = [
     "buffer_attention",
     "extend_attention",
+    "gather_rows",
     "kv_append",
     "kv_read",
     "kv_select",
     "prefill_attention",
     "quantize_row",
+    "scatter_rows",
     "swa_attention",
 ]

@@ -94,6 +94,11 @@ class Tensor {
   }
 
   explicit operator bool() const { return handle_ != nullptr; }
+  int32_t dtype() const {
+    int32_t code;
+    check(aoti_torch_get_dtype(handle_, &code));
+    return code;
+  }
   template <class T>
   T* data() const {
     return static_cast<T*>(data_);
@@ -137,6 +142,20 @@ Tensor empty(std::initializer_list<int64_t> sizes, Type type) {
                                             : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                 aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A contiguous tensor of these sizes with the dtype of `like`.
+Tensor empty_like_rows(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t expected = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = expected;
+    expected *= std::max<int64_t>(sizes[d], 1);
+  }
+  AtenTensorHandle handle;
+  check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), like.dtype(),
                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -229,11 +229,8 @@ class TokenStore:
     def _copy_rows(self, source: TokenStore, pairs: list[tuple[int, int]]) -> None:
         """Copy the rows of sequence `b` of `source` to sequence `a` of this store, for each (a, b)."""
         for mine, other in pairs:
-            here = self.table[:, mine, :, : source.host_length].long()
-            there = source.table[:, other, :, : source.host_length].long()
-            self.pool[here] = source.pool[there]
-            if self.scales is not None and source.scales is not None:
-                self.scales[here] = source.scales[there]
+            here, there = self.table[:, mine], source.table[:, other]
+            _move_rows(source.device_pool, there, self.device_pool, here, source.host_length)
 
     def _resize_batch(self, index: list[int]) -> None:
         """`select_sequences` where the number of sequences changes: new storage."""
@@ -261,10 +258,7 @@ class TokenStore:
         self._allocate(capacity)
         pool, table, length, valid, scores, rows, counts = old
         used = self.host_length
-        here, there = self.table[..., :used].long(), table[..., :used].long()
-        self.pool[here] = pool.rows[there]
-        if self.scales is not None and pool.scales is not None:
-            self.scales[here] = pool.scales[there]
+        _move_rows(pool, table, self.device_pool, self.table, used)
         self.length.copy_(length)
         self._set_origin(self.host_origin)
         self.valid[:, :old_capacity] = valid
@@ -362,3 +356,12 @@ class TokenStore:
         dense = sum(self.selection.is_refresh_step(since, layer) for layer in range(layers))
         kept = self.selection.local_rows(length) + self.selection.dynamic_rows(length)
         return float(max(0, sparse_layers - dense) / layers * (1 - kept / length))
+
+
+def _move_rows(source: Pool, there: torch.Tensor, target: Pool, here: torch.Tensor, used: int) -> None:
+    """Copy the first `used` positions `[..., C]` of one table to those of another, in the same order."""
+    ops = torch.ops.alisa
+    from_slots, to_slots = there[..., :used].reshape(-1), here[..., :used].reshape(-1)
+    ops.scatter_rows(target.rows, to_slots, ops.gather_rows(source.rows, from_slots))
+    if source.scales is not None and target.scales is not None:
+        ops.scatter_rows(target.scales, to_slots, ops.gather_rows(source.scales, from_slots))
