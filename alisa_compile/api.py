@@ -19,6 +19,8 @@ def report(model_or_cache: Any) -> Report:
     if isinstance(model_or_cache, torch.nn.Module):
         hook = _hook()
         session = None if hook is None else hook.session_of(model_or_cache)
+        if session is not None and session.left_out:
+            return Report.without_cache(session.left_out)
         if session is None or not session.stores:
             raise AlisaError(
                 "there is nothing to report for this model",

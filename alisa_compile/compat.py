@@ -29,6 +29,7 @@ __all__ = [
     "generous_recompile_limit",
     "is_higher_order",
     "is_written",
+    "layer_types_with_moving_rope",
     "load_cpp_library",
     "mark_dynamic",
     "mark_static",
@@ -38,6 +39,7 @@ __all__ = [
     "schemas_of",
     "storage_id",
     "symbolic_expression",
+    "without_rope_update",
 ]
 
 T = TypeVar("T")
@@ -170,3 +172,23 @@ def load_cpp_library(source: str) -> Any:
 
     # Inductor turns both off because it vectorises by itself.
     return Cache.load(source, extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
+
+
+def without_rope_update(forward: Any) -> Any:
+    """What a rotary embedding's `forward` computes after `dynamic_rope_update` has set its frequencies; None if it is
+    not decorated so. The update branches on positions, which no graph can hold."""
+    from transformers import modeling_rope_utils
+
+    while forward is not None:
+        inner = getattr(forward, "__wrapped__", None)
+        if getattr(forward, "__globals__", None) is vars(modeling_rope_utils):
+            return inner
+        forward = inner
+    return None
+
+
+def layer_types_with_moving_rope(module: Any) -> list[str | None]:
+    """For which of a rotary embedding's layer types (None = it has none) `dynamic_rope_update` does anything."""
+    rope_type = getattr(module, "rope_type", None)
+    kinds = rope_type.items() if isinstance(rope_type, dict) else [(None, rope_type)]
+    return [name for name, kind in kinds if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")]

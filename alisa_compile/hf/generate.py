@@ -23,18 +23,20 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache
 
 from .. import compat
 from ..backend import alisa
 from ..config import AlisaConfig
 from ..errors import CacheError
-from ..runtime.report import CompileRow
+from ..passes.causal_mask import PREPARED_OUTSIDE
+from ..runtime.report import CompileRow, SkipRow
 from ..runtime.store import TokenStore
 from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged, wrong_batch_size
 
 logger = logging.getLogger(__name__)
 
-_REWRITTEN = ("sdpa", "alisa")  # attention implementations whose graph holds scaled_dot_product_attention
+_FUSED = ("sdpa", "alisa")  # attention implementations whose graph holds scaled_dot_product_attention
 
 
 @dataclasses.dataclass
@@ -49,6 +51,9 @@ class Session:
     holder: weakref.ref[AlisaCache] | None = None  # the cache that owns them, while anybody still has it
     swept_graphs: int = 0  # graphs there were when `_sweep` last ran
     announced: bool = False
+    ropes: list[_Route] = dataclasses.field(default_factory=list)  # of rotary embeddings whose frequencies may change
+    refused: tuple[SkipRow, ...] | None = None  # of a model that spells its attention out; None: not known yet
+    left_out: tuple[SkipRow, ...] = ()  # why the latest call had no AlisaCache, for each attention layer
     warned: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -64,9 +69,9 @@ class _Call:
 
 @dataclasses.dataclass
 class _Installation:
-    """The routes of one original model: how many calls run through them, and the attributes they replaced."""
+    """The routes of one original model: how many calls run through them, and how to take them out."""
 
-    replaced: dict[str, Any]
+    undo: contextlib.ExitStack
     depth: int = 0
 
 
@@ -74,6 +79,7 @@ _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKey
 _current: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("alisa_generate", default=None)
 _lock = threading.RLock()
 _session_numbers = itertools.count()
+_tracing = threading.local()  # ropes_are_set: this thread is inside `_call_model_with_ropes_set`
 _installed: weakref.WeakKeyDictionary[torch.nn.Module, _Installation] = weakref.WeakKeyDictionary()
 
 
@@ -129,7 +135,7 @@ def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: An
     call = _Call(model, session)
     token = _current.set(call)
     try:
-        with _routed(model), compat.generous_recompile_limit():
+        with _routed(model, session.ropes), compat.generous_recompile_limit():
             return original(*args, **kwargs)
     finally:
         _current.reset(token)
@@ -140,18 +146,69 @@ def _new_session(module: Any) -> Session:
     config = AlisaConfig.from_options(kwargs.get("options"))
     # Dynamo counts recompilations per code object, and remembers sizes and scales by its name to make those that vary
     # unknowns: with a code object and name of its own, a model is compiled as if it were the first of the process.
-    code = _call_model.__code__.replace(co_name=f"alisa_forward_{next(_session_numbers)}")
+    model = module._orig_mod
+    ropes = [_rope_route(m) for m in model.modules() if _has_moving_rope(m)]
+    traced = _call_model_with_ropes_set if ropes else _call_model
+    code = traced.__code__.replace(co_name=f"alisa_forward_{next(_session_numbers)}")
     entry = types.FunctionType(code, globals(), "alisa_forward")
     compiled = torch.compile(entry, backend=alisa, **kwargs)
-    return Session(config, compiled, observe_kv_shapes(module._orig_mod))
+    return Session(config, compiled, _observe(model, ropes), ropes=ropes)
+
+
+def _observe(model: Any, ropes: list[_Route]) -> KVShapes | None:
+    """The K and V shapes that a model makes; without rope updates, which would leave fake frequencies behind."""
+    with contextlib.ExitStack() as undo:
+        for route in ropes:
+            _replace(undo, route.module, "forward", route)
+        _tracing.ropes_are_set = True
+        try:
+            return observe_kv_shapes(model)
+        finally:
+            _tracing.ropes_are_set = False
 
 
 def _call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
 
 
+def _call_model_with_ropes_set(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for a model whose rotary embeddings have been updated before the call (`_update_ropes`)."""
+    _tracing.ropes_are_set = True  # Dynamo keeps this to itself unless the model breaks its graph
+    out = model._call_impl(*args, **kwargs)
+    _tracing.ropes_are_set = False
+    return out
+
+
+def _has_moving_rope(module: torch.nn.Module) -> bool:
+    decorated = compat.without_rope_update(type(module).forward) is not None and "forward" not in vars(module)
+    return decorated and bool(compat.layer_types_with_moving_rope(module))
+
+
+def _rope_route(rope: Any) -> _Route:
+    """The rotary embedding's forward, without its update where that has been done. One for all calls: it is guarded."""
+    decorated = types.MethodType(type(rope).forward, rope)
+    undecorated = compat.without_rope_update(type(rope).forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_tracing, "ropes_are_set", False):
+            return undecorated(rope, *args, **kwargs)
+        return decorated(*args, **kwargs)
+
+    return _Route(rope, "forward", forward)
+
+
+def _update_ropes(model: Any, ropes: list[_Route], position_ids: torch.Tensor) -> None:
+    """Let each rotary embedding set its frequencies for these positions, as its forward would do first."""
+    like = torch.empty(0, dtype=model.dtype, device=position_ids.device)  # only its dtype and device are read
+    with torch.no_grad():
+        for route in ropes:
+            for layer_type in compat.layer_types_with_moving_rope(route.module):
+                named = {} if layer_type is None else {"layer_type": layer_type}
+                route(like, position_ids, **named)
+
+
 @contextlib.contextmanager
-def _routed(model: Any) -> Iterator[None]:
+def _routed(model: Any, ropes: list[_Route]) -> Iterator[None]:
     """Route the model's forward, cache preparation and input preparation through us; nested calls count.
 
     The routes look at a context variable, so a thread that runs the original model meanwhile is not affected.
@@ -159,15 +216,16 @@ def _routed(model: Any) -> Iterator[None]:
     with _lock:
         installation = _installed.get(model)
         if installation is None:
-            routes = {
-                "_compiled_call_impl": _forward_route(model, model._compiled_call_impl),
-                "_prepare_cache_for_generation": _cache_route(model),
-                "prepare_inputs_for_generation": _inputs_route(model),
-            }
-            installation = _Installation({name: vars(model)[name] for name in routes if name in vars(model)})
+            installation = _Installation(contextlib.ExitStack())
+            for name, route in (
+                ("_compiled_call_impl", _forward_route(model, model._compiled_call_impl)),
+                ("_prepare_cache_for_generation", _cache_route(model)),
+                ("prepare_inputs_for_generation", _inputs_route(model)),
+            ):
+                _replace(installation.undo, model, name, route)
+            for route in ropes:
+                _replace(installation.undo, route.module, "forward", route)
             _installed[model] = installation
-            for name, route in routes.items():
-                setattr(model, name, route)
         installation.depth += 1
     try:
         yield
@@ -176,25 +234,30 @@ def _routed(model: Any) -> Iterator[None]:
             installation.depth -= 1
             if installation.depth == 0:
                 del _installed[model]
-                for name in ("_compiled_call_impl", "_prepare_cache_for_generation", "prepare_inputs_for_generation"):
-                    if name in installation.replaced:
-                        setattr(model, name, installation.replaced[name])
-                    else:
-                        delattr(model, name)
+                installation.undo.close()
+
+
+def _replace(undo: contextlib.ExitStack, module: Any, name: str, route: Any) -> None:
+    """Set an attribute of one object, and register how to set it back."""
+    if name in vars(module):
+        undo.callback(setattr, module, name, vars(module)[name])
+    else:
+        undo.callback(delattr, module, name)
+    setattr(module, name, route)
 
 
 class _Route:
-    """What stands for a method of the model while `generate` runs; a copy of the model gets the method itself."""
+    """What stands for a method of a module while `generate` runs; a copy of the module gets the method itself."""
 
-    def __init__(self, model: Any, name: str, run: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, getattr(model, name))  # transformers reads the signature
-        self._model, self._name, self._run = model, name, run
+    def __init__(self, module: Any, name: str, run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, getattr(module, name))  # transformers reads the signature
+        self.module, self._name, self._run = module, name, run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._model, self._name)
+        return getattr, (self.module, self._name)
 
 
 def _active(model: Any) -> _Call | None:
@@ -214,9 +277,74 @@ def _forward_route(model: Any, previous: Callable[..., Any] | None) -> Callable[
         # A logits processor may run the original model with a cache of its own: that stays eager.
         if call is None or (call.cache is not None and kwargs.get("past_key_values") is not call.cache):
             return plain(*args, **kwargs)
-        return call.session.forward(model, *args, **kwargs)
+        if call.cache is not None and not _may_be_compiled(call, call.cache, kwargs):
+            return plain(*args, **kwargs)
+        out = _compiled_forward(call, plain, args, kwargs)
+        if call.cache is not None and call.session.refused is None:
+            _learn(call, call.cache)
+        return out
 
     return forward
+
+
+def _compiled_forward(call: _Call, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    session = call.session
+    if session.ropes:
+        positions = kwargs.get("position_ids")
+        if positions is None:  # then only the model knows for which positions it sets its frequencies
+            return plain(*args, **kwargs)
+        _update_ropes(call.model, session.ropes, positions)
+    try:
+        return session.forward(call.model, *args, **kwargs)
+    finally:
+        _tracing.ropes_are_set = False  # after an exception
+
+
+def _spells_attention_out(model: Any) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "_attn_implementation", None) not in _FUSED
+
+
+def _may_be_compiled(call: _Call, cache: AlisaCache, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass over an AlisaCache is known to be right when it is compiled.
+
+    A compiled step sees K and V of the whole capacity. Attention that is not rewritten may count on their number (for a
+    bias by position, a window), so the first prompt, with its own K and V, tells whether all of it is rewritten.
+    """
+    refused = call.session.refused
+    if refused is not None or not _spells_attention_out(call.model):
+        return not refused
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    return tokens is not None and tokens.shape[1] > 1 and not any(store.has_history for store in cache.stores)
+
+
+def _learn(call: _Call, cache: AlisaCache) -> None:
+    """Remember whether the passes left attention dense in the graph of a prompt.
+
+    Fused attention may be refused in some layers and stay right, since its mask has to fit K and V; not so in all.
+    """
+    rows = {id(row): row for store in cache.stores for row in store.statistics.graphs.values()}
+    prompts = [row for row in rows.values() if row.stage == "prefill"]
+    skipped = [skip for row in prompts for skip in row.skipped]
+    if not prompts or any(skip.reason == PREPARED_OUTSIDE for skip in skipped):
+        return  # nothing seen yet, or the user's mask and not the model
+    some = any(row.rewritten for row in prompts)
+    clean = all(skip.layer is None for skip in skipped)
+    if (some and clean) if _spells_attention_out(call.model) else (some or clean):
+        call.session.refused = ()
+        return
+    call.session.refused = tuple(dict.fromkeys(skipped)) or _rows_of(call.model, "the passes found no attention")
+    logger.warning(
+        "alisa goes on in eager mode, and leaves further calls to transformers' own cache: %s",
+        _why_refused(call.session.refused),
+    )
+
+
+def _why_refused(rows: tuple[SkipRow, ...]) -> str:
+    reasons = dict.fromkeys(row.reason for row in rows if row.layer is not None) or dict.fromkeys(
+        r.reason for r in rows
+    )
+    return f"the model's attention cannot be rewritten ({'; '.join(reasons)})"
 
 
 def _cache_route(model: Any) -> _Route:
@@ -252,7 +380,11 @@ def _provide_cache(
         if reason not in call.session.warned:
             call.session.warned.add(reason)
             logger.warning("alisa leaves attention dense and uses transformers' own cache: %s", reason)
+        if call.session.refused:
+            call.session.stores, call.session.holder = [], None  # never needed again
+        call.session.left_out = call.session.refused or _rows_of(call.model, reason)
         return
+    call.session.left_out = ()
     sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
     # The last token is never fed back; one slot more spares the growth at the very end.
     capacity = max(max_cache_length + 1, call.session.config.max_length or 0)
@@ -298,14 +430,24 @@ def _reason_to_stay_out(call: _Call, given: Any, generation_config: Any) -> str 
     if not model._supports_default_dynamic_cache():
         return "this model keeps its state in a cache class of its own"
     config = model.config.get_text_config(decoder=True)
-    reason = why_unmanaged(config, build_layers(config, call.session.kv_shapes))
-    implementation = getattr(config, "_attn_implementation", None)
-    if reason is None and implementation not in _REWRITTEN:
-        return (
-            f"attn_implementation={implementation!r} does not call scaled_dot_product_attention "
-            f"(this works with {' or '.join(map(repr, _REWRITTEN))})"
-        )
-    return reason
+    if call.session.refused:
+        return _why_refused(call.session.refused)
+    return why_unmanaged(config, build_layers(config, call.session.kv_shapes))
+
+
+def _rows_of(model: Any, reason: str) -> tuple[SkipRow, ...]:
+    """The same reason for each attention layer of a model, by the names of its modules."""
+    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
+        return (SkipRow(type(model).__name__, None, reason),)
+    cache = Cache(layers=DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+    kinds = zip(cache.is_linear, cache.is_dummy, strict=True)
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int):
+            names.setdefault(number, name)
+    attention = [number for number, (linear, dummy) in enumerate(kinds) if not linear and not dummy]
+    return tuple(SkipRow(names.get(number, f"layer {number}"), number, reason) for number in attention)
 
 
 def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:

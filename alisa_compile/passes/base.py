@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
@@ -67,6 +68,15 @@ def kv_origins(node: fx.Node) -> list[fx.Node]:
     """What an attention's K and V are read from, looking through getitem."""
     operands = [argument for argument in node.args[1:3] if isinstance(argument, fx.Node)]
     return [operand.all_input_nodes[0] if is_call(operand, "getitem") else operand for operand in operands]
+
+
+def model_layer(node: fx.Node, otherwise: int) -> int:
+    """The number of the model's layer that a node was traced in, by its module's name (`model.layers.3.self_attn`)."""
+    for name, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
+        numbers = re.findall(r"\.(\d+)(?=\.|$)", name)
+        if numbers:
+            return int(numbers[0])
+    return otherwise
 
 
 _OPTIONAL_PLACES = {"attn_mask": 3, "dropout_p": 4, "is_causal": 5}
@@ -145,14 +155,14 @@ def drop_unused(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def insert_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+def insert_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
     """Insert a call at the graph's insertion point, with a fake value and the origin of the node it stands for."""
-    node = graph.call_function(target, args)
-    values = fx.map_arg(args, example)
+    node = graph.call_function(target, args, kwargs)
+    values, named = fx.map_arg((args, kwargs), example)
     fake_mode = _fake_mode(like)
     if fake_mode is not None:
         with fake_mode:
-            node.meta["example_value"] = node.meta["val"] = target(*values)
+            node.meta["example_value"] = node.meta["val"] = target(*values, **named)
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]

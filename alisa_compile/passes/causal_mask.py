@@ -1,8 +1,8 @@
 """Prove that an attention mask is causal plus padding, by evaluating its graph over index expressions.
 
 Each node of a mask's subgraph gets a symbolic value: an index along one of its dimensions plus scalar offsets, a 2-D
-padding mask, or a conjunction of conditions. An operation that is not listed here ends the proof with a reason; nothing
-is guessed from names or from example values.
+padding mask, or a conjunction of conditions, which may be written as numbers to add to the scores. An operation that is
+not listed here ends the proof with a reason; nothing is guessed from names or from example values.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import fx
 
 from ..compat import BUILTIN_PAD, symbolic_expression
 from .base import Refusal, Writes, example, target_name
+
+PREPARED_OUTSIDE = "its mask was prepared outside the graph (a 4-D input), so nothing can be proved about it"
 
 Size = Any  # an int, or the sympy expression of a symbolic size
 
@@ -69,7 +71,21 @@ class Causal:
 
 
 Condition = Causal | PaddingAt
-Value = Index | Scalar | Padding | frozenset[Condition] | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """A tensor of zeros."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Additive:
+    """0 where the conditions hold, elsewhere a number so low that nothing is left of the weight."""
+
+    conditions: frozenset[Condition]
+
+
+Value = Index | Scalar | Padding | Zeros | Additive | frozenset[Condition] | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +101,15 @@ class CausalMask:
 
 
 def prove_causal(mask: fx.Node) -> CausalMask:
-    """The structure of a `[B, 1, Q, K]` mask; raises `Refusal` with the reason if it is not causal plus padding."""
+    """The structure of a `[B, 1, Q, K]` mask; raises `Refusal` with the reason if it is not causal plus padding.
+
+    The mask is boolean (True = attend), or is added to the scores as `eager_mask` of transformers is.
+    """
     known: dict[fx.Node, Value] = {}
     conditions = _evaluate(mask, known)
-    if not isinstance(conditions, frozenset) or example(mask).dtype != torch.bool:
+    if isinstance(conditions, Additive):
+        conditions = conditions.conditions
+    elif not isinstance(conditions, frozenset) or example(mask).dtype != torch.bool:
         raise Refusal(f"its mask '{mask.name}' is not boolean")
     causal = [c for c in conditions if isinstance(c, Causal)]
     padding = [c for c in conditions if isinstance(c, PaddingAt)]
@@ -149,7 +170,7 @@ def _input(node: fx.Node) -> Value:
     if isinstance(value, torch.Tensor) and value.dim() == 2:
         return Padding(node)
     if isinstance(value, torch.Tensor) and value.dim() == 4:
-        raise Refusal("its mask was prepared outside the graph (a 4-D input), so nothing can be proved about it")
+        raise Refusal(PREPARED_OUTSIDE)
     raise Refusal(f"its mask depends on the input '{node.name}'")
 
 
@@ -178,7 +199,9 @@ def _cast(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     if isinstance(value, (Index, Scalar)) and not _counts(after):
         raise Refusal(f"its mask converts positions to {after}")
     if isinstance(value, frozenset) and after != torch.bool:
-        raise Refusal(f"its mask is additive ({after}), not boolean")
+        raise Refusal(f"its mask is made of numbers ({after}) that are not known to hide anything")
+    if isinstance(value, (Additive, Zeros)) and after != before:
+        raise Refusal(f"its mask is converted to {after}, where its lowest number may not be the lowest")
     if isinstance(value, Padding) and after not in (torch.bool, before):
         raise Refusal(f"its mask converts the padding mask to {after}")
     return value
@@ -220,6 +243,24 @@ def _all_true(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     if example(node).dtype != torch.bool:
         raise Refusal(f"its mask starts from ones of {example(node).dtype}")
     return frozenset()
+
+
+def _zeros(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
+    return Zeros()
+
+
+def _where(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
+    """`where(condition, 0, lowest)`: the condition in the form that is added to the scores."""
+    condition, zero, lowest = node.args
+    value, dtype = _evaluate(condition, known), example(node).dtype
+    if not isinstance(value, frozenset) or example(condition).dtype != torch.bool:
+        raise Refusal("its mask chooses numbers by something else than a condition")
+    zero_there = zero == 0 if isinstance(zero, (int, float)) else isinstance(_evaluate(zero, known), Zeros)
+    if not (zero_there and isinstance(lowest, (int, float)) and dtype.is_floating_point):
+        raise Refusal("its mask is not 0 where it lets attend and a plain number elsewhere")
+    if lowest > torch.finfo(dtype).min:
+        raise Refusal(f"its mask only adds {lowest} to what it hides")
+    return Additive(value)
 
 
 def _pad(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
@@ -308,6 +349,8 @@ _COMPARE, _BOTH, _SUM = _Rule(_compare, 2, 2), _Rule(_and, 2, 2), _Rule(_add, 2,
 _FUNCTIONS: dict[Any, _Rule] = {
     torch.arange: _Rule(_arange, keywords=_FACTORY),
     torch.clone: _Rule(_same, keywords=_LAYOUT),
+    torch.zeros: _Rule(_zeros, 1, _ANY, _FACTORY),
+    torch.where: _Rule(_where, 3, 3),
     torch.nn.functional.pad: _Rule(_pad, 2, 4, frozenset({"mode", "value"})),
     BUILTIN_PAD: _Rule(_pad, 2, 4, frozenset({"mode", "value"})),
     operator.getitem: _Rule(_getitem, 2, 2),

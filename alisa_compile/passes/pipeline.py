@@ -11,10 +11,11 @@ from torch import fx
 from .. import compat
 from ..config import AlisaConfig
 from ..runtime.report import SkipRow
-from . import fold_repeated_heads, rewrite_attention, rewrite_static_buffers, spec
+from . import fold_eager_attention, fold_repeated_heads, rewrite_attention, rewrite_static_buffers, spec
 from .base import GraphPass, PassResult, attention_nodes
 
 PIPELINE: tuple[GraphPass, ...] = (
+    GraphPass(fold_eager_attention.NAME, fold_eager_attention.run),
     GraphPass("alisa_fold_repeated_heads", fold_repeated_heads.run),
     GraphPass("alisa_rewrite_attention", rewrite_attention.run),
     GraphPass("alisa_static_buffers", rewrite_static_buffers.run),
@@ -30,7 +31,7 @@ class PipelineResult:
     @property
     def rewritten(self) -> int:
         """Attention nodes that became `alisa::` ops."""
-        return sum(result.rewritten for result in self.passes if result.name != "alisa_fold_repeated_heads")
+        return sum(result.rewritten for result in self.passes if "_fold_" not in result.name)
 
     @property
     def skipped(self) -> tuple[SkipRow, ...]:

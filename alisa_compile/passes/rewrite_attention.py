@@ -31,6 +31,7 @@ from .base import (
     is_call,
     is_op,
     kv_origins,
+    model_layer,
 )
 from .causal_mask import CausalMask, prove_causal
 
@@ -61,19 +62,24 @@ class ReadSite:
     padded: bool
 
 
+def site_of(read: fx.Node) -> ReadSite:
+    """What a `kv_read` reads."""
+    return ReadSite(*cast("tuple[Any, ...]", read.args))
+
+
 def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
     """Rewrite each attention that can be proved equal; say why for each that cannot."""
     result = PassResult("alisa_rewrite_attention")
     writes = Writes(gm.graph)
     paddings: dict[fx.Node, fx.Node | None] = {}  # of each store with padding, by its `valid`
     for node in attention_nodes(gm):
-        if not any(is_op(origin, ops.kv_read.default) for origin in kv_origins(node)):
+        reads = [origin for origin in kv_origins(node) if is_op(origin, ops.kv_read.default)]
+        if not reads:
             continue  # another pass knows what its K and V are
-        layer: int | None = None
+        layer = model_layer(node, site_of(reads[0]).layer)
         try:
             read = _read_behind(node)
-            site = ReadSite(*cast("tuple[Any, ...]", read.args))
-            layer = site.layer
+            site = site_of(read)
             append = _append_of(gm, site)
             padding = _check(node, site, append, writes)
             if site.padded:

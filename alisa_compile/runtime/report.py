@@ -76,6 +76,12 @@ class Report:
     graphs: tuple[CompileRow, ...]
     decode_ms: tuple[float, ...]
     prefill_ms: tuple[float, ...]
+    left_out: tuple[SkipRow, ...] = ()  # why the latest call had no AlisaCache, for each attention layer
+
+    @classmethod
+    def without_cache(cls, left_out: tuple[SkipRow, ...]) -> Report:
+        """Of a call that used transformers' own cache."""
+        return cls(0, 0, 0, 0, 0.0, (), {}, {}, (), (), (), left_out)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the key names that scripts rely on. Parts not built yet are None or zero."""
@@ -126,7 +132,7 @@ class Report:
     @property
     def skipped(self) -> tuple[SkipRow, ...]:
         """Attention left dense, each case once."""
-        return tuple(dict.fromkeys(row for graph in self.graphs for row in graph.skipped))
+        return tuple(dict.fromkeys((*self.left_out, *(row for graph in self.graphs for row in graph.skipped))))
 
     def __str__(self) -> str:
         step = self.step_ms

@@ -14,6 +14,7 @@ from alisa_compile import backend as alisa_backend
 from alisa_compile import compat
 from alisa_compile.passes.base import attention_nodes, attention_option, example, is_op
 from alisa_compile.passes.pipeline import PipelineResult
+from alisa_compile.passes.rewrite_attention import site_of
 
 ops = torch.ops.alisa
 
@@ -39,7 +40,7 @@ class Capture:
     @property
     def stage(self) -> str:
         """prefill, decode or extend, as the cache marked it."""
-        return next(node.args[11] for node in self.before.graph.nodes if is_op(node, ops.kv_read.default))
+        return next(site_of(node).stage for node in self.before.graph.nodes if is_op(node, ops.kv_read.default))
 
 
 @contextlib.contextmanager

@@ -77,6 +77,9 @@ def _check_numerically(mask: fx.Node, proved: CausalMask, repeats: int = 5) -> N
         offset = proved.constant + sum(int(inputs[n.args[0]][n.args[1]]) for n in proved.offset)
         padding = None if proved.padding is None else inputs[proved.padding]
         got = evaluated(mask, inputs)
+        if got.is_floating_point():
+            assert ((got == 0) | (got <= torch.finfo(got.dtype).min)).all()
+            got = got == 0
         assert torch.equal(got, _naive(got.shape, offset, padding))
 
 
@@ -127,9 +130,24 @@ def _packed(length: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor) -> t
     return masking_utils.sdpa_mask(*shape, mask_function=function, allow_is_causal_skip=False)
 
 
-def _additive(length: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    mask = _sdpa_mask(causal)(length, ids, padding)
-    return torch.where(mask, 0.0, -torch.inf)
+def _additive(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`write` turns a condition into numbers; with literals, since Dynamo makes inputs of other floats."""
+
+    def build(length: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        return write(_sdpa_mask(causal, padded=True)(length, ids, padding))
+
+    return build
+
+
+def _eager_mask(length: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    return masking_utils.eager_mask(
+        ids.shape[0], ids.shape[1], padding.shape[1], q_offset=length[0], attention_mask=padding, dtype=torch.bfloat16
+    )
+
+
+def _chosen_by_padding(length: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    mask = _sdpa_mask(causal, padded=True)(length, ids, padding)
+    return torch.where(mask, padding[:, None, None, :].to(torch.float32), -torch.inf)
 
 
 def _cast_to_float(length: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
@@ -274,8 +292,15 @@ REFUSED: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
         UNKNOWN,
     ),
     "packed sequences": (_packed, "'eq', " + UNKNOWN),
-    "additive": (_additive, "'where', " + UNKNOWN),
-    "cast to float": (_cast_to_float, "additive (torch.float32), not boolean"),
+    "additive, too little": (_additive(lambda m: torch.where(m, 0.0, -1e4)), "only adds -10000.0 to what it hides"),
+    "additive, inverted": (_additive(lambda m: torch.where(m, -torch.inf, 0.0)), "not 0 where it lets attend"),
+    "additive, converted": (
+        _additive(lambda m: torch.where(m, 0.0, -3.4028234663852886e38).to(torch.bfloat16)),
+        "converted to torch.bfloat16",
+    ),
+    "additive, 1 where it attends": (_additive(lambda m: torch.where(m, 1.0, -torch.inf)), "not 0 where"),
+    "additive, plus the padding": (_chosen_by_padding, "made of numbers"),
+    "cast to float": (_cast_to_float, "made of numbers (torch.float32)"),
     "key positions shifted": (_shifted_keys, "shifts the key positions"),
     "swapped axes": (_swapped_axes, "something else than key positions with query positions"),
     "anti-causal": (_anti_causal, "something else than key positions with query positions"),
@@ -317,6 +342,12 @@ ACCEPTED: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
     "length + 1": (_sdpa_mask(lambda b, h, q, k: k <= q + 1), 1),
     "written as ge": (_sdpa_mask(lambda b, h, q, k: q >= k), 0),
     "written as gt": (_sdpa_mask(lambda b, h, q, k: q + 1 > k), 0),
+    "additive, padded": (_additive(lambda m: torch.where(m, 0.0, -torch.inf)), 0),
+    "additive with a tensor of zeros, padded": (
+        _additive(lambda m: torch.where(m, torch.zeros(()), -3.4028234663852886e38)),
+        0,
+    ),
+    "transformers' eager mask, padded": (_eager_mask, 0),
 }
 
 
@@ -327,7 +358,7 @@ def test_shifts_are_part_of_the_proof(kind: str) -> None:
     mask = mask_of(build, *_inputs())
     proved = prove_causal(mask)
     assert proved.constant == shift
-    assert (proved.padding is not None) == (kind == "padded")
+    assert (proved.padding is not None) == ("padded" in kind)
     _check_numerically(mask, proved)
 
 

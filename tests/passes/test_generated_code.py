@@ -185,7 +185,7 @@ def test_unfused_quantisation_would_be_seen() -> None:
 
     def opaque(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.alisa.kv_read.default(
-            rows, None, rows, rows, rows, None, None, None, rows, rows, 0, "prefill", "", False
+            rows, None, rows, rows, rows, None, None, None, None, rows, rows, 0, "prefill", "", False
         )
 
     def fused(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
