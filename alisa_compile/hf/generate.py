@@ -143,7 +143,7 @@ def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: An
 
 def _new_session(module: Any) -> Session:
     _, kwargs = compat.optimized_module_backend(module)
-    config = AlisaConfig.from_options(kwargs.get("options"))
+    config = AlisaConfig.from_options(kwargs.get("options")).require_available()
     # Dynamo counts recompilations per code object, and remembers sizes and scales by its name to make those that vary
     # unknowns: with a code object and name of its own, a model is compiled as if it were the first of the process.
     model = module._orig_mod
@@ -386,8 +386,9 @@ def _provide_cache(
         return
     call.session.left_out = ()
     sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-    # The last token is never fed back; one slot more spares the growth at the very end.
-    capacity = max(max_cache_length + 1, call.session.config.max_length or 0)
+    # One slot more spares the growth at the very end. Drafts of assisted decoding may reach one further, and a mask as
+    # long as the capacity would be compiled apart.
+    capacity = max(max_cache_length + 2, call.session.config.max_length or 0)
     mask = model_kwargs.get("attention_mask")
     padded = mask is not None and not bool((mask != 0).all())
     if given is None:

@@ -9,7 +9,9 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
+import alisa_compile
 from tests.hf import test_families as families
 from tests.hf.modes import MODES
 from tests.support import compiled
@@ -18,8 +20,15 @@ _DEFAULT = "Llama"
 _INDUCTOR = ("Llama", "OPT", "GPT-NeoX / Pythia", "Qwen3")
 
 
-@functools.lru_cache(maxsize=1)  # modes of a family run one after the other and share its graphs
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    """Instead of the one in conftest.py: modes of a family run one after the other and share its graphs."""
+    alisa_compile.enable()
+
+
+@functools.lru_cache(maxsize=1)
 def _pair(family: str, inner: str) -> tuple[Any, Any]:
+    torch._dynamo.reset()
     make = (families.REWRITTEN.get(family) or families.REFUSED[family])[0]
     stock = families._model(make)
     return stock, compiled(stock, inner, sparsity=0.0)
