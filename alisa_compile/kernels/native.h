@@ -4,8 +4,8 @@
 // `native.py` builds them all as one source. Registered through torch's C shim, so a call never enters Python and
 // nothing of libtorch's C++ headers is compiled.
 //
-// Every reduction has a fixed order: rows go in blocks of kBlockRows by position, blocks are combined in order. So the
-// results depend neither on the number of threads nor on the slots in which rows live.
+// Every reduction has a fixed order: rows go in blocks by position, blocks are combined in order. So the results depend
+// neither on the number of threads nor on the slots in which rows live.
 
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -21,10 +21,12 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
-constexpr int64_t kBlockRows = 256;
-constexpr int64_t kPrefetchRows = 8;
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kParallelWork = 1 << 17;
 constexpr int32_t kAllRows = -1;
@@ -277,6 +279,18 @@ template <class Row, class Acc>
 struct Loader {
   static constexpr int kLanes = kLanesOf<Acc>;
   static Lanes<Acc> read(const Row* row) {
+#ifdef __AVX512F__
+    // gcc 12 converts vectors by halves and quarters.
+    if constexpr (std::is_same_v<Row, BFloat16> && std::is_same_v<Acc, float>) {
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+      return bit_cast<Lanes<Acc>>(_mm512_slli_epi32(wide, 16));
+    } else if constexpr (std::is_same_v<Row, Half> && std::is_same_v<Acc, float>) {
+      return bit_cast<Lanes<Acc>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))));
+    } else if constexpr (std::is_same_v<Row, int8_t> && std::is_same_v<Acc, float>) {
+      const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+      return bit_cast<Lanes<Acc>>(_mm512_cvtepi32_ps(wide));
+    }
+#endif
     if constexpr (std::is_same_v<Row, BFloat16>) {
       auto bits = __builtin_convertvector((load<Vector<uint16_t, kLanes>>(row)), Vector<uint32_t, kLanes>) << 16;
       return __builtin_convertvector((bit_cast<Vector<float, kLanes>>(bits)), Lanes<Acc>);

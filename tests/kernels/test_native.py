@@ -243,6 +243,8 @@ _SHAPES = [
     (4, 2, 2, 64, 600, 512, 2),
     (6, 1, 1, 36, 256, 256, 1),
     (5, 3, 2, 1, 10, 9, 3),
+    (4, 1, 1, 1000, 50, 47, 1),
+    (4, 1, 2, 8, 17100, 17000, 1),  # blocks of the largest size
 ]
 
 
@@ -297,6 +299,33 @@ def test_attention_is_the_references_in_float64(dtype: torch.dtype, query_dtype:
         torch.testing.assert_close(out.double(), expected, rtol=limit, atol=limit / 4)
         close = 1e-12 if exact else 2e-6
         torch.testing.assert_close(mass.double(), expected_mass, rtol=1e2 * close, atol=close)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("dim", [128, 512, 513, 5000])
+@pytest.mark.parametrize("query_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_largest_int8_products_do_not_overflow(query_dtype: torch.dtype, dim: int) -> None:
+    """Every product of a row and the query has the same sign and the largest size, for rows of -128 and of 127."""
+    case = _case((4, 1, 1, dim, 40, 40, 1), torch.int8, query_dtype)
+    assert case.store.scales is not None
+    case.query = torch.full_like(case.query, -3.0)
+    case.store.pool[...] = torch.tensor([-128, 127], dtype=torch.int8).repeat(40).view(-1, 1, 1, 1)
+    case.store.scales[...] = 1 / 1024
+    case.scale = 1 / dim
+    out, mass = case.run("gathered")
+    expected, expected_mass = case.run("gathered", attention_reference, exact=True)
+    torch.testing.assert_close(out.double(), expected, rtol=2.0**-8, atol=1e-6)
+    torch.testing.assert_close(mass.double(), expected_mass, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_gives_nan(value: float) -> None:
+    """Also where the query is turned into fixed point; other heads are not touched."""
+    case = _case((4, 1, 2, 16, 40, 33, 1), torch.int8, torch.bfloat16)
+    case.query[0, 2, 0, 5] = value
+    out, _ = case.run("dense")
+    assert out[0, 2].isnan().all() and not out[0, 3:].isnan().any() and not out[0, :2].isnan().any()
 
 
 @pytest.mark.usefixtures("built")

@@ -7,6 +7,10 @@ from ..selection import decode_spec
 from ..swa_attention.reference import score_dtype
 
 _BLOCK_ELEMENTS = 1 << 22  # bounds the scratch of a block of query rows to some tens of MB; no S x S buffer exists
+_BLOCK_ROWS = 256  # a block sees the keys up to its own end: short blocks waste little above the diagonal
+_BLOCK_ELEMENTS = (
+    1 << 20
+)  # logits of a block of last rows: several passes go over them, so they should stay in the cache
 
 
 def prefill_attention(
@@ -59,17 +63,18 @@ def blockwise_attention(
     batch_size, query_heads, query_length, _ = query.shape
     kv_length = key.shape[2]
     columns = torch.arange(kv_length, device=query.device)
-    block = max(1, _BLOCK_ELEMENTS // (batch_size * kv_length))
+    block = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // (batch_size * kv_length)))
     out = query.new_empty(query.shape)
     for start in range(0, query_length, block):
-        positions = torch.arange(start, min(start + block, query_length), device=query.device) + query_start
-        mask = (columns <= positions[:, None])[None, None]
+        end = query_start + min(start + block, query_length)
+        positions = torch.arange(query_start + start, end, device=query.device)
+        mask = (columns[:end] <= positions[:, None])[None, None]
         if valid is not None:
-            mask = (mask & valid[:, None, None, :]) | (columns == positions[:, None])
+            mask = (mask & valid[:, None, None, :end]) | (columns[:end] == positions[:, None])
         out[:, :, start : start + block] = F.scaled_dot_product_attention(
             query[:, :, start : start + block],
-            key,
-            value,
+            key[:, :, :end],
+            value[:, :, :end],
             attn_mask=mask,
             scale=scale,
             enable_gqa=query_heads != key.shape[1],
@@ -113,13 +118,13 @@ def last_rows_mass(
         count = index.shape[1]
         queries = query.gather(2, index[:, None, :, None].expand(-1, query_heads, -1, head_dim))
         packed = queries.reshape(batch_size, kv_heads, -1, head_dim)  # [B, Hkv, Hq / Hkv * count, D]
-        logits = (packed @ key.transpose(-1, -2)).to(dtype) * scale
+        logits = (packed @ key.transpose(-1, -2)).to(dtype).mul_(scale)
         logits = logits.reshape(batch_size, query_heads, count, kv_length)
         positions = index + query_start
         attends = columns <= positions[..., None]
         if valid is not None:
             attends = (attends & valid[:, None, :]) | (columns == positions[..., None])
-        weights = logits.masked_fill(~attends[:, None], float("-inf")).softmax(-1)
+        weights = logits.masked_fill_(~attends[:, None], float("-inf")).softmax(-1)
         if real is not None:
             weights = weights * real[:, None, start : start + block, None]
         rows = weights.reshape(batch_size, groups, -1, count, kv_length).sum(2)

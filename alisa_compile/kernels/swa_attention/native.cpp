@@ -1,10 +1,16 @@
 // CPU kernel of alisa::swa_attention; reference.py says what it must compute.
+//
+// Memory sets the pace, so the work follows the slots. A unit is a block of rows with all heads of their slots, taken
+// in tiles of kTile rows: dot products, weights, weighted sum, while the lines of the next tile are asked for. Within a
+// tile several rows advance together, head by head. One slot after the other would wait for each page to be found.
+// The dot products of 16 pairs of a row and a head are reduced together, and where the dtypes allow it they are taken
+// without widening the rows to float32 (`BFloat16Dot`, `Int8Dot`).
 
 #include "../native.h"
 
 namespace {
 
-// What one (sequence, KV head) attends to.
+// What one (sequence, group) attends to.
 struct Attended {
   const int32_t* slots;      // of each position
   const int32_t* positions;  // ascending, or null for every position
@@ -12,13 +18,20 @@ struct Attended {
   int64_t count;             // entries, attended or not
 };
 
-template <class Acc>
 struct Problem {
   int64_t dim, padded_dim, heads, ratio;  // KV heads in a slot, query heads of a KV head
   const void* pool;
   const float* scales;
-  Acc scale;
 };
+
+constexpr int64_t kTile = 32;  // rows between two looks at the largest logit
+constexpr int64_t kMostTiles = 16;
+
+// Rows in a block: enough blocks to share between threads. It depends on the sequence alone, and so does the order of
+// every sum.
+int64_t block_rows(int64_t count) {
+  return std::clamp<int64_t>((count / 32 + kTile - 1) / kTile, 2, kMostTiles) * kTile;
+}
 
 // exp(x) for x <= 0, within 2 ulp; NaN stays NaN. libm's needs -ffast-math to be vectorised.
 inline Vector<float, 16> exponential(Vector<float, 16> x) {
@@ -42,167 +55,381 @@ inline Vector<float, 16> exponential(Vector<float, 16> x) {
   return x < -87.0f ? Floats{} : scaled;
 }
 
-// values[i] = exp(values[i] - largest); returns their sum.
-inline float exponentiate(float* values, int64_t count, float largest) {
-  Vector<float, 16> total = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    auto powers = exponential(load<Vector<float, 16>>(values + i) - largest);
-    std::memcpy(values + i, &powers, sizeof(powers));
-    total += powers;
-  }
-  if (i < count) {
-    // Lanes past the end are exp(-100) = 0.
-    Vector<float, 16> last = (Vector<float, 16>{} - 100.0f) + largest;
-    std::memcpy(&last, values + i, (count - i) * sizeof(float));
-    last = exponential(last - largest);
-    for (int64_t j = i; j < count; ++j) {
-      values[j] = last[j - i];
-      total[j - i] += last[j - i];
-    }
-  }
-  return sum_lanes<float>(total);
+inline float exponential(float x) { return exponential(Vector<float, 16>{} + x)[0]; }
+inline double exponential(double x) { return std::exp(x); }
+
+inline Vector<double, 8> exponential(Vector<double, 8> x) {
+  for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
+  return x;
 }
 
-inline double exponentiate(double* values, int64_t count, double largest) {
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = std::exp(values[i] - largest);
-    total += values[i];
-  }
-  return total;
+// Scratch that begins at a cache line.
+template <class T, int kPurpose>
+T* aligned(int64_t count) {
+  auto address = reinterpret_cast<uintptr_t>(scratch<T, kPurpose>(count + 64 / sizeof(T)));
+  return reinterpret_cast<T*>((address + 63) / 64 * 64);
 }
 
-// logits[h][i] = query[h] . rows[i] for kHeads query heads; each row is read once.
-template <class Row, class Acc, int kHeads>
-void dot_rows(const Row* const* rows, int64_t count, const Acc* query, const Problem<Acc>& problem, Acc* logits) {
+template <class Acc>
+Acc max_lanes(Lanes<Acc> vector) {
   constexpr int kLanes = kLanesOf<Acc>;
-  const int64_t dim = problem.dim, padded = problem.padded_dim, whole = dim - dim % kLanes;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kPrefetchRows < count) {
-      const char* ahead = reinterpret_cast<const char*>(rows[i + kPrefetchRows]);
-      for (int64_t byte = 0; byte < dim * int64_t(sizeof(Row)); byte += 64) __builtin_prefetch(ahead + byte);
-    }
-    Lanes<Acc> sums[kHeads] = {};
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      Lanes<Acc> elements = Loader<Row, Acc>::read(rows[i] + d);
-      for (int h = 0; h < kHeads; ++h) sums[h] += elements * load<Lanes<Acc>>(query + h * padded + d);
-    }
-    if (whole < dim) {
-      Lanes<Acc> elements = Loader<Row, Acc>::read_tail(rows[i] + whole, dim - whole);
-      for (int h = 0; h < kHeads; ++h) sums[h] += elements * load<Lanes<Acc>>(query + h * padded + whole);
-    }
-    for (int h = 0; h < kHeads; ++h) logits[h * kBlockRows + i] = sum_lanes<Acc>(sums[h]);
+  const auto larger = [](auto pair) { return pair.low > pair.high ? pair.low : pair.high; };
+  auto half = larger(bit_cast<Pair<Vector<Acc, kLanes / 2>>>(vector));
+  auto quarter = larger(bit_cast<Pair<Vector<Acc, kLanes / 4>>>(half));
+  if constexpr (kLanes == 16) {
+    auto eighth = larger(bit_cast<Pair<Vector<Acc, kLanes / 8>>>(quarter));
+    return eighth[0] > eighth[1] ? eighth[0] : eighth[1];
+  } else {
+    return quarter[0] > quarter[1] ? quarter[0] : quarter[1];
   }
 }
 
-// out[h][d .. d + kVectors * lanes) = sum over i of weights[h][i] * rows[i][d ..]; `tail` > 0: elements in the last one.
-template <class Row, class Acc, int kHeads, int kVectors>
-void weigh_columns(const Row* const* rows, int64_t count, const Acc* weights, const Problem<Acc>& problem, int64_t d,
-                   int64_t tail, Acc* out) {
-  constexpr int kLanes = kLanesOf<Acc>;
-  Lanes<Acc> sums[kHeads][kVectors] = {};
+template <class V>
+void save(void* address, const V& vector) {
+  std::memcpy(address, &vector, sizeof(V));
+}
+
+// -------------------------------------------------------------------------------------------------------- dot products
+
+// Sixteen vectors to the vector of their sums.
+template <class V>
+[[gnu::always_inline]] inline V sum_each(const V* v) {
+  V fours[4];
+  for (int i = 0; i < 4; ++i) {
+    V pairs[2];
+    for (int j = 0; j < 2; ++j) {
+      const V a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+      pairs[j] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                 __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+    const V a = pairs[0], b = pairs[1];
+    fours[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  V halves[2];
+  for (int i = 0; i < 2; ++i) {
+    const V a = fours[2 * i], b = fours[2 * i + 1];
+    halves[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  const V a = halves[0], b = halves[1];
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+// How rows meet the query. `prepare` turns a query row into Query elements, zeros beyond, and returns the factor that
+// its dot products still need; then `read` and `add` take kElements at a time.
+
+template <class RowType, class AccType>
+struct WideDot {  // everything in the accumulation type
+  using Row = RowType;
+  using Acc = AccType;
+  using Query = Acc;
+  using Elements = Lanes<Acc>;
+  using Sum = Lanes<Acc>;
+  static constexpr int kElements = kLanesOf<Acc>;
+  static Acc prepare(const Acc* values, int64_t padded, int64_t, void* query) {
+    std::memcpy(query, values, padded * sizeof(Acc));
+    return 1;
+  }
+  static Elements read(const Row* row) { return Loader<Row, Acc>::read(row); }
+  static Elements read_tail(const Row* row, int64_t count) { return Loader<Row, Acc>::read_tail(row, count); }
+  static Sum add(Sum sum, Elements row, Elements query) { return sum + row * query; }
+  static Lanes<Acc> finish(Sum sum) { return sum; }
+};
+
+#ifdef __AVX512BF16__
+struct BFloat16Dot {  // rows and query in bfloat16: products are exact, sums are float32
+  using Row = BFloat16;
+  using Acc = float;
+  using Query = uint16_t;
+  using Elements = __m512bh;
+  using Sum = Vector<float, 16>;
+  static constexpr int kElements = 32;
+  static float prepare(const float* values, int64_t padded, int64_t, void* query) {
+    for (int64_t d = 0; d < padded; ++d) static_cast<Query*>(query)[d] = bit_cast<uint32_t>(values[d]) >> 16;
+    return 1;
+  }
+  static Elements read(const Row* row) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(row)); }
+  static Elements read_tail(const Row* row, int64_t count) {
+    return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, row));
+  }
+  static Sum add(Sum sum, Elements row, Elements query) {
+    return bit_cast<Sum>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), row, query));
+  }
+  static Lanes<float> finish(Sum sum) { return sum; }
+};
+#endif
+
+#ifdef __AVX512VNNI__
+// int8 rows and a query in fixed point: sums are exact. Against its largest element the query keeps 15 bits (fewer past
+// 512 elements, where the sums would overflow), far below the rounding of a query in bfloat16 or float16.
+struct Int8Dot {
+  using Row = int8_t;
+  using Acc = float;
+  using Query = int16_t;
+  using Elements = __m512i;
+  using Sum = Vector<int32_t, 16>;
+  static constexpr int kElements = 32;
+  static float prepare(const float* values, int64_t padded, int64_t dim, void* query) {
+    Lanes<float> most = {}, poison = {};
+    for (int64_t d = 0; d < padded; d += 16) {
+      const auto v = load<Lanes<float>>(values + d);
+      const auto magnitude = v < 0.0f ? -v : v;
+      most = magnitude > most ? magnitude : most;
+      poison += v * 0.0f;
+    }
+    const auto limit = static_cast<float>(std::min<int64_t>(32767, (int64_t(1) << 31) / (128 * dim) - 1));
+    const float unit = std::max(max_lanes<float>(most) / limit, std::numeric_limits<float>::min());
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    for (int64_t d = 0; d < padded; d += 16) {
+      const auto rounded = (load<Lanes<float>>(values + d) / unit + magic) - magic;
+      save(static_cast<Query*>(query) + d, __builtin_convertvector(rounded, Vector<Query, 16>));
+    }
+    return unit + sum_lanes<float>(poison);  // NaN if the query is not finite
+  }
+  static Elements read(const Row* row) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+  }
+  static Elements read_tail(const Row* row, int64_t count) {
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << count) - 1, row));
+  }
+  static Sum add(Sum sum, Elements row, Elements query) {
+    return bit_cast<Sum>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), row, query));
+  }
+  static Lanes<float> finish(Sum sum) { return __builtin_convertvector(sum, Lanes<float>); }
+};
+#endif
+
+// Asks for elements [offset, offset + dim) of rows that come later.
+template <class Row>
+void ask_for(const Row* const* rows, int64_t count, int64_t offset, int64_t dim) {
+  const int64_t bytes = dim * int64_t(sizeof(Row));
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kPrefetchRows < count) {
-      const char* ahead = reinterpret_cast<const char*>(rows[i + kPrefetchRows] + d);
-      for (int64_t byte = 0; byte < kVectors * kLanes * int64_t(sizeof(Row)); byte += 64) {
-        __builtin_prefetch(ahead + byte);
+    const char* address = reinterpret_cast<const char*>(rows[i] + offset);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(address + byte);
+  }
+}
+
+// logits[h * kTile + i] = query[h] . rows[i] for kRows rows and kHeads query heads.
+template <class Dot, int kHeads, int kRows>
+[[gnu::always_inline]] inline void dot_tile(const typename Dot::Row* const* rows, int64_t offset,
+                                            const typename Dot::Query* query, const Problem& problem,
+                                            typename Dot::Acc* logits) {
+  using Acc = typename Dot::Acc;
+  constexpr int kElements = Dot::kElements;
+  const int64_t dim = problem.dim, padded = problem.padded_dim, whole = dim - dim % kElements;
+  typename Dot::Sum sums[kHeads * kRows] = {};
+  for (int64_t d = 0; d < whole; d += kElements) {
+    typename Dot::Elements elements[kRows];
+    for (int i = 0; i < kRows; ++i) elements[i] = Dot::read(rows[i] + offset + d);
+    for (int h = 0; h < kHeads; ++h) {
+      const auto own = load<typename Dot::Elements>(query + h * padded + d);
+      for (int i = 0; i < kRows; ++i) sums[h * kRows + i] = Dot::add(sums[h * kRows + i], elements[i], own);
+    }
+  }
+  if (whole < dim) {
+    for (int i = 0; i < kRows; ++i) {
+      const auto elements = Dot::read_tail(rows[i] + offset + whole, dim - whole);
+      for (int h = 0; h < kHeads; ++h) {
+        const auto own = load<typename Dot::Elements>(query + h * padded + whole);
+        sums[h * kRows + i] = Dot::add(sums[h * kRows + i], elements, own);
       }
     }
+  }
+  if constexpr (kHeads * kRows == 16) {
+    const Lanes<Acc> totals = Dot::finish(sum_each(sums));
+    for (int h = 0; h < kHeads; ++h) {
+      std::memcpy(logits + h * kTile, reinterpret_cast<const float*>(&totals) + h * kRows, kRows * sizeof(float));
+    }
+  } else {
+    for (int h = 0; h < kHeads; ++h) {
+      for (int i = 0; i < kRows; ++i) logits[h * kTile + i] = sum_lanes<Acc>(Dot::finish(sums[h * kRows + i]));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- weighted sums
+
+// out[h][d .. d + kVectors * lanes) += sum over rows of weights[h][i] * rows[i][d ..]; tail > 0: elements of the last.
+template <class Row, class Acc, int kHeads, int kVectors>
+void weigh_columns(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights,
+                   const Problem& problem, int64_t d, int64_t tail, Acc* out) {
+  constexpr int kLanes = kLanesOf<Acc>;
+  Lanes<Acc> sums[kHeads][kVectors];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int v = 0; v < kVectors; ++v) sums[h][v] = load<Lanes<Acc>>(out + h * problem.padded_dim + d + v * kLanes);
+  }
+  for (int64_t i = 0; i < count; ++i) {
     for (int v = 0; v < kVectors; ++v) {
-      const Row* from = rows[i] + d + v * kLanes;
+      const Row* from = rows[i] + offset + d + v * kLanes;
       Lanes<Acc> elements = tail > 0 ? Loader<Row, Acc>::read_tail(from, tail) : Loader<Row, Acc>::read(from);
-      for (int h = 0; h < kHeads; ++h) sums[h][v] += elements * weights[h * kBlockRows + i];
+      for (int h = 0; h < kHeads; ++h) sums[h][v] += elements * weights[h * kTile + i];
     }
   }
   for (int h = 0; h < kHeads; ++h) {
-    std::memcpy(out + h * problem.padded_dim + d, sums[h], sizeof(sums[h]));
+    for (int v = 0; v < kVectors; ++v) save(out + h * problem.padded_dim + d + v * kLanes, sums[h][v]);
   }
 }
 
 template <class Row, class Acc, int kHeads>
-void weigh_rows(const Row* const* rows, int64_t count, const Acc* weights, const Problem<Acc>& problem, Acc* out) {
+void weigh_rows(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights, const Problem& problem,
+                Acc* out) {
   constexpr int kLanes = kLanesOf<Acc>;
   constexpr int kVectors = 4;
   int64_t d = 0;
   for (; d + kVectors * kLanes <= problem.dim; d += kVectors * kLanes) {
-    weigh_columns<Row, Acc, kHeads, kVectors>(rows, count, weights, problem, d, 0, out);
+    weigh_columns<Row, Acc, kHeads, kVectors>(rows, count, offset, weights, problem, d, 0, out);
   }
   for (; d + kLanes <= problem.dim; d += kLanes) {
-    weigh_columns<Row, Acc, kHeads, 1>(rows, count, weights, problem, d, 0, out);
+    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, problem, d, 0, out);
   }
-  if (d < problem.dim) weigh_columns<Row, Acc, kHeads, 1>(rows, count, weights, problem, d, problem.dim - d, out);
+  if (d < problem.dim) {
+    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, problem, d, problem.dim - d, out);
+  }
 }
 
-// Results of one block of rows for the `ratio` query heads of one KV head.
+// -------------------------------------------------------------------------------------------------------------- blocks
+
+// Results of one block of rows for the query heads of one group, `ratio` after `ratio`.
 template <class Acc>
 struct Partial {
-  Acc* largest;  // [ratio]
-  Acc* total;    // [ratio] sum of the weights
-  Acc* out;      // [ratio, padded_dim] weighted sum of V
-  Acc* weights;  // [ratio, kBlockRows] exp(logit - largest), attended rows only
+  Acc* largest;  // [query heads]
+  Acc* total;    // [query heads] sum of exp(logit - largest)
+  Acc* out;      // [query heads, padded_dim] sum of V weighted so
+  Acc* weights;  // [tiles, query heads, kTile] exp(logit - largest so far), of attended rows only; or null
+  Acc* so_far;   // [tiles, head_size] the largest logit so far
 };
 
-// Block `block` of rows for head `head` of a slot, kHeads query heads at a time.
-template <class Row, class Acc, int kHeads>
-void attend_heads(const Row* const* keys, const Row* const* values, const Acc* key_scales, const Acc* value_scales,
-                  int64_t count, const Acc* query, const Problem<Acc>& problem, const Partial<Acc>& partial) {
-  dot_rows<Row, Acc, kHeads>(keys, count, query, problem, partial.weights);
-  Acc* scaled = scratch<Acc, 1>(kHeads * kBlockRows);
-  for (int h = 0; h < kHeads; ++h) {
-    Acc* weights = partial.weights + h * kBlockRows;
-    Acc largest = -std::numeric_limits<Acc>::infinity();
-    for (int64_t i = 0; i < count; ++i) {
-      weights[i] *= key_scales == nullptr ? problem.scale : problem.scale * key_scales[i];
-      largest = weights[i] > largest ? weights[i] : largest;
-    }
-    partial.largest[h] = largest;
-    partial.total[h] = exponentiate(weights, count, largest);
-    if (value_scales != nullptr) {
-      for (int64_t i = 0; i < count; ++i) scaled[h * kBlockRows + i] = weights[i] * value_scales[i];
-    }
+// Calls step(first, heads) until `ratio` query heads are done.
+template <class Acc, class Step>
+void by_heads(int64_t ratio, const Step& step) {
+  int64_t first = 0;
+  if constexpr (std::is_same_v<Acc, float>) {  // float64 models are for tests: they do without the larger kernels
+    for (; first + 4 <= ratio; first += 4) step(first, std::integral_constant<int, 4>());
+    for (; first + 2 <= ratio; first += 2) step(first, std::integral_constant<int, 2>());
   }
-  const Acc* factors = value_scales == nullptr ? partial.weights : scaled;
-  weigh_rows<Row, Acc, kHeads>(values, count, factors, problem, partial.out);
+  for (; first < ratio; ++first) step(first, std::integral_constant<int, 1>());
 }
 
-template <class Row, class Acc>
-void attend_block(const Attended& attended, int64_t block, int64_t head, const Acc* query, const Problem<Acc>& problem,
-                  Partial<Acc> partial) {
-  const Row* keys[kBlockRows];
-  const Row* values[kBlockRows];
-  Acc key_scales[kBlockRows];
-  Acc value_scales[kBlockRows];
-  const int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, attended.count);
-  const int64_t heads = problem.heads, dim = problem.dim;
-  int64_t count = 0;
-  for (int64_t i = begin; i < end; ++i) {
+// Logits to weights for the query heads of one KV head of a tile; what was summed so far is scaled to a new maximum.
+// scales: [2 * heads, kTile], of K and then of V; values: the weights times the scales of V.
+template <class Acc>
+void weigh_tile(int64_t head, int64_t count, const Acc* scales, const Acc* query_scales, const Problem& problem,
+                const Partial<Acc>& partial, Acc* weights, Acc* values) {
+  constexpr int kLanes = kLanesOf<Acc>;
+  constexpr int kVectors = kTile / kLanes;
+  const int64_t padded = problem.padded_dim;
+  const Acc* key_scales = scales + head * kTile;
+  const Acc* value_scales = scales + (problem.heads + head) * kTile;
+  for (int64_t h = head * problem.ratio; h < (head + 1) * problem.ratio; ++h) {
+    Acc* own = weights + h * kTile;
+    const Acc before = partial.largest[h];
+    Lanes<Acc> most = Lanes<Acc>{} + before;
+    for (int v = 0; v < kVectors; ++v) {
+      auto logits = load<Lanes<Acc>>(own + v * kLanes) * query_scales[h];
+      if (problem.scales != nullptr) logits *= load<Lanes<Acc>>(key_scales + v * kLanes);
+      save(own + v * kLanes, logits);
+      if (count < kTile) {
+        std::fill(own + count, own + kTile, -std::numeric_limits<Acc>::infinity());
+        logits = load<Lanes<Acc>>(own + v * kLanes);
+      }
+      most = logits > most ? logits : most;
+    }
+    const Acc largest = max_lanes<Acc>(most);
+    if (largest > before) {
+      const Acc factor = exponential(before - largest);
+      partial.largest[h] = largest;
+      partial.total[h] *= factor;
+      for (int64_t d = 0; d < padded; d += kLanes) {
+        save(partial.out + h * padded + d, load<Lanes<Acc>>(partial.out + h * padded + d) * factor);
+      }
+    }
+    Lanes<Acc> total = {};
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes<Acc> powers = exponential(load<Lanes<Acc>>(own + v * kLanes) - largest);
+      save(own + v * kLanes, powers);
+      total += powers;
+      if (problem.scales != nullptr) {
+        save(values + h * kTile + v * kLanes, powers * load<Lanes<Acc>>(value_scales + v * kLanes));
+      }
+    }
+    partial.total[h] += sum_lanes<Acc>(total);
+  }
+}
+
+template <class Dot>
+void attend_block(const Attended& attended, int64_t begin, int64_t end, const void* prepared,
+                  const typename Dot::Acc* query_scales, const Problem& problem,
+                  const Partial<typename Dot::Acc>& partial) {
+  using Row = typename Dot::Row;
+  using Acc = typename Dot::Acc;
+  const auto* query = static_cast<const typename Dot::Query*>(prepared);
+  const int64_t heads = problem.heads, dim = problem.dim, ratio = problem.ratio, padded = problem.padded_dim;
+  const int64_t query_heads = heads * ratio, head_size = (query_heads + 15) / 16 * 16;
+  std::fill(partial.out, partial.out + query_heads * padded, Acc(0));
+  std::fill(partial.largest, partial.largest + query_heads, -std::numeric_limits<Acc>::infinity());
+  std::fill(partial.total, partial.total + query_heads, Acc(0));
+
+  const Row* keys[(kMostTiles + 2) * kTile];  // the last is repeated: tiles are read whole, and one ahead
+  const float* scales[(kMostTiles + 1) * kTile];
+  int64_t count = 0, gathered = 0;
+  for (int64_t i = begin; i < std::min(end + kTile, attended.count); ++i) {
+    if (i == end) count = gathered;
     const int64_t position = attended.positions == nullptr ? i : attended.positions[i];
     if (attended.valid != nullptr && !attended.valid[i]) continue;
     const int64_t slot = attended.slots[position];
-    keys[count] = static_cast<const Row*>(problem.pool) + (slot * 2 * heads + head) * dim;
-    values[count] = keys[count] + heads * dim;
-    if (problem.scales != nullptr) {
-      key_scales[count] = problem.scales[slot * 2 * heads + head];
-      value_scales[count] = problem.scales[(slot * 2 + 1) * heads + head];
+    keys[gathered] = static_cast<const Row*>(problem.pool) + slot * 2 * heads * dim;
+    if (problem.scales != nullptr) scales[gathered] = problem.scales + slot * 2 * heads;
+    ++gathered;
+  }
+  if (end >= attended.count) count = gathered;
+  if (count == 0) return;
+  std::fill(keys + gathered, keys + count + 2 * kTile, keys[gathered - 1]);
+
+  Acc* local = aligned<Acc, 1>(2 * (query_heads + heads) * kTile);
+  Acc* tile_scales = local + 2 * query_heads * kTile;
+  const int64_t step = ratio % 4 == 0 ? 4 : ratio % 2 == 0 ? 8 : 16;  // rows that advance together
+  for (int64_t first_row = 0; first_row < count; first_row += kTile) {
+    const Row* const* rows = keys + first_row;
+    const int64_t tile = first_row / kTile, tile_rows = std::min(kTile, count - first_row);
+    Acc* weights = partial.weights == nullptr ? local : partial.weights + tile * query_heads * kTile;
+    Acc* values = problem.scales == nullptr ? weights : local + query_heads * kTile;
+    for (int64_t i = 0; problem.scales != nullptr && i < kTile; ++i) {
+      const float* row = scales[first_row + std::min(i, tile_rows - 1)];
+      for (int64_t j = 0; j < 2 * heads; ++j) tile_scales[j * kTile + i] = row[j];
     }
-    ++count;
+    for (int64_t i = 0; i < tile_rows; i += step) {
+      for (int64_t head = 0; head < heads; ++head) {
+        ask_for<Row>(rows + kTile + i, step, head * dim, dim);
+        by_heads<Acc>(ratio, [&](int64_t first, auto size) {
+          constexpr int kHeads = decltype(size)::value;
+          constexpr int kRows = std::is_same_v<Acc, float> ? 16 / kHeads : 1;
+          const int64_t h = head * ratio + first;
+          for (int64_t j = i; j < std::min(i + step, tile_rows); j += kRows) {
+            dot_tile<Dot, kHeads, kRows>(rows + j, head * dim, query + h * padded, problem, weights + h * kTile + j);
+          }
+        });
+      }
+    }
+    for (int64_t head = 0; head < heads; ++head) {
+      weigh_tile<Acc>(head, tile_rows, tile_scales, query_scales, problem, partial, weights, values);
+    }
+    if (partial.weights != nullptr) {
+      std::copy(partial.largest, partial.largest + query_heads, partial.so_far + tile * head_size);
+    }
+    for (int64_t head = 0; head < heads; ++head) {
+      ask_for<Row>(rows + kTile, kTile, (heads + head) * dim, dim);
+      by_heads<Acc>(ratio, [&](int64_t first, auto size) {
+        const int64_t h = head * ratio + first;
+        weigh_rows<Row, Acc, decltype(size)::value>(rows, tile_rows, (heads + head) * dim, values + h * kTile, problem,
+                                                    partial.out + h * padded);
+      });
+    }
   }
-  const Acc* ks = problem.scales == nullptr ? nullptr : key_scales;
-  const Acc* vs = problem.scales == nullptr ? nullptr : value_scales;
-  int64_t left = problem.ratio;
-  auto step = [&](int64_t done) {
-    query += done * problem.padded_dim;
-    partial = {partial.largest + done, partial.total + done, partial.out + done * problem.padded_dim,
-               partial.weights + done * kBlockRows};
-    left -= done;
-  };
-  if constexpr (std::is_same_v<Acc, float>) {  // float64 models are for tests: they do without the larger kernels
-    for (; left >= 4; step(4)) attend_heads<Row, Acc, 4>(keys, values, ks, vs, count, query, problem, partial);
-    for (; left >= 2; step(2)) attend_heads<Row, Acc, 2>(keys, values, ks, vs, count, query, problem, partial);
-  }
-  for (; left >= 1; step(1)) attend_heads<Row, Acc, 1>(keys, values, ks, vs, count, query, problem, partial);
 }
+
+// ---------------------------------------------------------------------------------------------------------- the kernel
 
 struct AttentionCall {
   Tensor &query, &pool, &scales, &table, &valid, &rows, &counts;
@@ -212,47 +439,103 @@ struct AttentionCall {
 };
 
 template <class Acc>
-using BlockFunction = void (*)(const Attended&, int64_t, int64_t, const Acc*, const Problem<Acc>&, Partial<Acc>);
+struct Kernel {
+  int64_t elements, query_bytes;  // at a time, and of one prepared element
+  Acc (*prepare)(const Acc*, int64_t, int64_t, void*);
+  void (*block)(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&);
+};
+
+template <class Dot>
+Kernel<typename Dot::Acc> kernel_of() {
+  return {Dot::kElements, sizeof(typename Dot::Query), Dot::prepare, attend_block<Dot>};
+}
 
 template <class Acc>
-BlockFunction<Acc> block_function(Type rows) {
+Kernel<Acc> kernel_for(Type rows, Type query) {
+  if constexpr (std::is_same_v<Acc, float>) {
+#ifdef __AVX512BF16__
+    if (rows == Type::kBFloat16 && query == Type::kBFloat16) return kernel_of<BFloat16Dot>();
+#endif
+#ifdef __AVX512VNNI__
+    if (rows == Type::kInt8 && (query == Type::kBFloat16 || query == Type::kHalf)) return kernel_of<Int8Dot>();
+#endif
+  }
   switch (rows) {
     case Type::kFloat:
-      return attend_block<float, Acc>;
+      return kernel_of<WideDot<float, Acc>>();
     case Type::kDouble:
-      return attend_block<double, Acc>;
+      return kernel_of<WideDot<double, Acc>>();
     case Type::kBFloat16:
-      return attend_block<BFloat16, Acc>;
+      return kernel_of<WideDot<BFloat16, Acc>>();
     case Type::kHalf:
-      return attend_block<Half, Acc>;
+      return kernel_of<WideDot<Half, Acc>>();
     case Type::kInt8:
-      return attend_block<int8_t, Acc>;
+      return kernel_of<WideDot<int8_t, Acc>>();
     default:
       throw std::runtime_error("alisa: unsupported dtype of the store");
   }
 }
 
+// values[0 .. count) = a row of a tensor from element `index` on.
+template <class Acc>
+void read_row(const Tensor& tensor, int64_t index, int64_t stride, int64_t count, Acc* values) {
+  const auto copy = [&](const auto* from) {
+    for (int64_t d = 0; d < count; ++d) values[d] = static_cast<Acc>(from[index + d * stride]);
+  };
+  switch (tensor.type) {
+    case Type::kFloat:
+      return copy(tensor.data<float>());
+    case Type::kDouble:
+      return copy(tensor.data<double>());
+    case Type::kBFloat16: {
+      const auto* from = tensor.data<uint16_t>();
+      for (int64_t d = 0; d < count; ++d) {
+        values[d] = bit_cast<float>(static_cast<uint32_t>(from[index + d * stride]) << 16);
+      }
+      return;
+    }
+    default:
+      for (int64_t d = 0; d < count; ++d) {
+        values[d] = static_cast<Acc>(to_double(tensor.data<void>(), tensor.type, index + d * stride));
+      }
+  }
+}
+
+// tensor[index ..] = values * factor.
+template <class Acc>
+void write_row(Tensor& tensor, int64_t index, int64_t count, const Acc* values, Acc factor) {
+  switch (tensor.type) {
+    case Type::kFloat:
+      for (int64_t d = 0; d < count; ++d) tensor.data<float>()[index + d] = values[d] * factor;
+      return;
+    case Type::kBFloat16:
+      for (int64_t d = 0; d < count; ++d) tensor.data<uint16_t>()[index + d] = to_bfloat16(values[d] * factor);
+      return;
+    default:
+      for (int64_t d = 0; d < count; ++d) store(tensor.data<void>(), tensor.type, index + d, values[d] * factor);
+  }
+}
+
 template <class Acc>
 void attend(const AttentionCall& call) {
-  constexpr int kLanes = kLanesOf<Acc>;
+  const Kernel<Acc> kernel = kernel_for<Acc>(call.pool.type, call.query.type);
   const int64_t batch = call.table.size[1], groups = call.table.size[2], capacity = call.table.size[3];
-  const int64_t heads = call.pool.size[2], dim = call.query.size[3], query_heads = call.query.size[1];
-  const int64_t kv_heads = groups * heads, ratio = query_heads / kv_heads, layer = call.layer;
-  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
-  const Problem<Acc> problem{
-      dim, padded, heads, ratio, call.pool.data<void>(), call.scales ? call.scales.data<float>() : nullptr,
-      static_cast<Acc>(call.scale)};
+  const int64_t heads = call.pool.size[2], dim = call.query.size[3], all_heads = call.query.size[1];
+  const int64_t query_heads = all_heads / groups, ratio = query_heads / heads, layer = call.layer;
+  const int64_t padded = (dim + kernel.elements - 1) / kernel.elements * kernel.elements;
+  const Problem problem{dim, padded, heads, ratio, call.pool.data<void>(),
+                        call.scales ? call.scales.data<float>() : nullptr};
 
-  Acc* query = scratch<Acc, 2>(batch * query_heads * padded);
+  char* queries = aligned<char, 2>(batch * all_heads * padded * kernel.query_bytes);
+  Acc* query_scales = scratch<Acc, 4>(batch * all_heads + padded);
+  Acc* values = query_scales + batch * all_heads;
+  std::fill(values + dim, values + padded, Acc(0));
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t h = 0; h < query_heads; ++h) {
-      Acc* row = query + (b * query_heads + h) * padded;
-      const int64_t offset = b * call.query.stride[0] + h * call.query.stride[1];
-      for (int64_t d = 0; d < dim; ++d) {
-        row[d] = static_cast<Acc>(
-            to_double(call.query.data<void>(), call.query.type, offset + d * call.query.stride[3]));
-      }
-      std::fill(row + dim, row + padded, Acc(0));
+    for (int64_t h = 0; h < all_heads; ++h) {
+      const int64_t row = b * all_heads + h;
+      read_row(call.query, b * call.query.stride[0] + h * call.query.stride[1], call.query.stride[3], dim, values);
+      const Acc factor = kernel.prepare(values, padded, dim, queries + row * padded * kernel.query_bytes);
+      query_scales[row] = factor * static_cast<Acc>(call.scale);
     }
   }
 
@@ -262,75 +545,101 @@ void attend(const AttentionCall& call) {
   bool dense = !selects;
   for (int64_t i = 0; selects && i < batch * groups; ++i) dense = dense || counts[i] < 0;
   const int64_t width = selects ? call.rows.size[3] : 0;
-  auto attended = [&](int64_t b, int64_t g) -> Attended {
-    const int64_t pair = (layer * batch + b) * groups + g;
-    const int32_t* slots = call.table.data<int32_t>() + pair * capacity;
+  auto attended = [&](int64_t pair) -> Attended {
+    const int64_t b = pair / groups, at = layer * batch * groups + pair;
+    const int32_t* slots = call.table.data<int32_t>() + at * capacity;
     if (dense) return {slots, nullptr, call.valid ? call.valid.data<bool>() + b * capacity : nullptr, call.tokens};
-    return {slots, call.rows.data<int32_t>() + pair * width, nullptr, counts[b * groups + g]};
+    return {slots, call.rows.data<int32_t>() + at * width, nullptr, counts[pair]};
   };
-  int64_t longest = dense ? call.tokens : 0;
-  for (int64_t i = 0; !dense && i < batch * groups; ++i) longest = std::max<int64_t>(longest, counts[i]);
-  const int64_t blocks = std::max<int64_t>(1, (longest + kBlockRows - 1) / kBlockRows);
+  int64_t blocks = 1, attended_rows = 0;
+  for (int64_t pair = 0; pair < batch * groups; ++pair) {
+    const int64_t count = attended(pair).count, rows = block_rows(count);
+    blocks = std::max(blocks, (count + rows - 1) / rows);
+    attended_rows += count;
+  }
 
-  const int64_t units = batch * kv_heads * blocks;
-  const int64_t unit_size = ratio * (2 + padded + kBlockRows);
-  Acc* partials = scratch<Acc, 3>(units * unit_size);
-  auto partial_of = [&](int64_t b, int64_t head, int64_t block) -> Partial<Acc> {
-    Acc* base = partials + ((b * kv_heads + head) * blocks + block) * unit_size;
-    return {base, base + ratio, base + 2 * ratio, base + 2 * ratio + ratio * padded};
+  // A unit is one block of a pair. The largest logits and the totals of a pair lie by block, then by head.
+  const bool wanted = call.mass.size[2] > 0;
+  const int64_t pairs = batch * groups, units = pairs * blocks;
+  const int64_t head_size = (query_heads + 15) / 16 * 16, out_size = query_heads * padded;
+  int64_t most_tiles = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    most_tiles = std::max(most_tiles, block_rows(attended(pair).count) / kTile);
+  }
+  const int64_t weights_size = wanted ? most_tiles * query_heads * kTile : 0;
+  const int64_t so_far_size = wanted ? most_tiles * head_size : 0;
+  const int64_t unit_size = 2 * head_size + out_size + weights_size + so_far_size;
+  Acc* partials = aligned<Acc, 3>(units * unit_size);
+  auto partial_of = [&](int64_t pair, int64_t block) -> Partial<Acc> {
+    Acc* base = partials + (pair * blocks + block) * unit_size;
+    Acc* weights = base + 2 * head_size + out_size;
+    return {base, base + head_size, base + 2 * head_size, wanted ? weights : nullptr, weights + weights_size};
   };
-  const BlockFunction<Acc> attend_one = block_function<Acc>(call.pool.type);
-  parallel(units, batch * query_heads * longest * dim, [&](int64_t unit) {
-    const int64_t block = unit % blocks, head = unit / blocks % kv_heads, b = unit / blocks / kv_heads;
-    attend_one(attended(b, head / heads), block, head % heads, query + (b * query_heads + head * ratio) * padded,
-               problem, partial_of(b, head, block));
+  parallel(units, attended_rows * query_heads * dim, [&](int64_t unit) {
+    const int64_t pair = unit / blocks, block = unit % blocks;
+    const Attended own = attended(pair);
+    const int64_t rows = block_rows(own.count), begin = block * rows;
+    if (begin >= own.count && block > 0) return;
+    kernel.block(own, begin, std::min(begin + rows, own.count),
+                 queries + pair * query_heads * padded * kernel.query_bytes, query_scales + pair * query_heads, problem,
+                 partial_of(pair, block));
   });
 
-  // Combine the blocks of each (sequence, group) in order.
-  const int64_t mass_columns = call.mass.size[2];
-  Acc* mass = call.mass.data<Acc>();
-  parallel(batch * groups, batch * query_heads * longest, [&](int64_t pair) {
-    const int64_t b = pair / groups, g = pair % groups;
-    const Attended own = attended(b, g);
-    Acc* mass_row = mass + pair * mass_columns;
-    std::fill(mass_row, mass_row + mass_columns, Acc(0));
-    Acc* factors = scratch<Acc, 4>(blocks + padded);
-    Acc* sums = factors + blocks;
-    for (int64_t head = g * heads; head < (g + 1) * heads; ++head) {
-      for (int64_t r = 0; r < ratio; ++r) {
-        Acc largest = -std::numeric_limits<Acc>::infinity();
-        for (int64_t k = 0; k < blocks; ++k) {
-          const Acc candidate = partial_of(b, head, k).largest[r];
-          largest = candidate > largest ? candidate : largest;
+  // Combine the blocks of each pair in order.
+  Acc* largests = aligned<Acc, 6>(2 * pairs * head_size);
+  Acc* inverses = largests + pairs * head_size;
+  parallel(pairs * heads, units * out_size, [&](int64_t index) {
+    const int64_t pair = index / heads, head = index % heads;
+    const int64_t count = attended(pair).count, rows = block_rows(count);
+    const int64_t used = std::max<int64_t>(1, (count + rows - 1) / rows);
+    Acc* sums = scratch<Acc, 5>(padded);
+    for (int64_t h = head * ratio; h < (head + 1) * ratio; ++h) {
+      Acc largest = -std::numeric_limits<Acc>::infinity();
+      for (int64_t k = 0; k < used; ++k) {
+        const Acc candidate = partial_of(pair, k).largest[h];
+        largest = candidate > largest ? candidate : largest;
+      }
+      Acc total = 0;
+      std::fill(sums, sums + padded, Acc(0));
+      for (int64_t k = 0; k < used; ++k) {
+        const Partial<Acc> partial = partial_of(pair, k);
+        // A block without any attended row has nothing to add; its share would be exp(-inf + inf).
+        if (partial.total[h] == 0) continue;
+        const Acc share = exponential(partial.largest[h] - largest);
+        total += share * partial.total[h];
+        for (int64_t d = 0; d < padded; ++d) sums[d] += share * partial.out[h * padded + d];
+      }
+      // A sequence that attends to nothing (all padding) gets zeros.
+      const Acc inverse = total == 0 ? Acc(0) : 1 / total;
+      largests[pair * head_size + h] = largest;
+      inverses[pair * head_size + h] = inverse;
+      write_row(call.out, (pair * query_heads + h) * dim, dim, sums, inverse);
+    }
+  });
+  if (!wanted) return;
+  parallel(units, attended_rows * query_heads, [&](int64_t unit) {
+    const int64_t pair = unit / blocks, block = unit % blocks, columns = call.mass.size[2];
+    const Attended own = attended(pair);
+    const int64_t rows = block_rows(own.count), begin = block * rows, end = std::min(begin + rows, own.count);
+    Acc* mass = call.mass.data<Acc>() + pair * columns;
+    if (block == 0) std::fill(mass + own.count, mass + columns, Acc(0));
+    const Partial<Acc> partial = partial_of(pair, block);
+    int64_t row = begin;
+    for (int64_t tile = 0; row < end; ++tile) {
+      alignas(64) Acc summed[kTile] = {};
+      for (int64_t first = 0; first < query_heads; first += kLanesOf<Acc>) {
+        const Acc* largest = largests + pair * head_size + first;
+        Lanes<Acc> shares = exponential(load<Lanes<Acc>>(partial.so_far + tile * head_size + first) -
+                                        load<Lanes<Acc>>(largest));
+        const int64_t last = std::min<int64_t>(first + kLanesOf<Acc>, query_heads);
+        for (int64_t h = first; h < last; ++h) {
+          const Acc share = shares[h - first] * inverses[pair * head_size + h];
+          const Acc* weights = partial.weights + (tile * query_heads + h) * kTile;
+          for (int i = 0; i < kTile; ++i) summed[i] += share * weights[i];
         }
-        Acc total = 0;
-        std::fill(sums, sums + padded, Acc(0));
-        for (int64_t k = 0; k < blocks; ++k) {
-          const Partial<Acc> partial = partial_of(b, head, k);
-          // A block without any attended row has nothing to add; its factor would be exp(-inf + inf).
-          const bool nothing = partial.total[r] == 0;
-          factors[k] = nothing ? Acc(0) : std::exp(partial.largest[r] - largest);
-          if (nothing) continue;
-          total += factors[k] * partial.total[r];
-          for (int64_t d = 0; d < dim; ++d) sums[d] += factors[k] * partial.out[r * padded + d];
-        }
-        // A sequence that attends to nothing (all padding) gets zeros.
-        const Acc inverse = total == 0 ? Acc(0) : 1 / total;
-        const int64_t out = (b * query_heads + head * ratio + r) * dim;
-        for (int64_t d = 0; d < dim; ++d) store(call.out.data<void>(), call.out.type, out + d, sums[d] * inverse);
-        if (mass_columns == 0) continue;
-        for (int64_t k = 0; k < blocks; ++k) {
-          const Acc* weights = partial_of(b, head, k).weights + r * kBlockRows;
-          const Acc factor = factors[k] * inverse;
-          const int64_t end = std::min((k + 1) * kBlockRows, own.count);
-          if (own.valid == nullptr) {
-            for (int64_t i = k * kBlockRows; i < end; ++i) mass_row[i] += factor * weights[i - k * kBlockRows];
-          } else {
-            for (int64_t i = k * kBlockRows; i < end; ++i) {
-              if (own.valid[i]) mass_row[i] += factor * *weights++;
-            }
-          }
-        }
+      }
+      for (int i = 0; i < kTile && row < end; ++row) {  // weights are those of the attended rows only
+        mass[row] = own.valid == nullptr || own.valid[row] ? summed[i++] : 0;
       }
     }
   });
