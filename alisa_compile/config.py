@@ -41,7 +41,7 @@ class AlisaConfig:
     sparsity: float = 0.8
     policy: str = "swa"
     paper: bool = False
-    window: int = 64
+    window: int = 8
     head_mode: str = "shared"
     sinks: int = 4
     refresh: int = 32

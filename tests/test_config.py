@@ -21,7 +21,7 @@ def test_defaults() -> None:
         "sparsity": 0.8,
         "policy": "swa",
         "paper": False,
-        "window": 64,
+        "window": 8,
         "head_mode": "shared",
         "sinks": 4,
         "refresh": 32,

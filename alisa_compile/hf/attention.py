@@ -51,13 +51,13 @@ def alisa_attention(
         raise AlisaError("AlisaCache is for inference", got="attention dropout", fix="call model.eval() first")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.no_grad():
-        out_heads = _attend(layer, query, key, value, attention_mask, scale)
+        out_heads = attend(layer, query, key, value, attention_mask, scale)
     if torch.is_grad_enabled() and query.requires_grad:
         out_heads = refuse_gradients(out_heads, query)
     return out_heads.transpose(1, 2).contiguous(), None
 
 
-def _attend(
+def attend(
     layer: AlisaLayer,
     query: torch.Tensor,
     key: torch.Tensor,

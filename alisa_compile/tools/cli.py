@@ -8,10 +8,14 @@ import difflib
 import importlib
 import io
 import os
+import shlex
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 from .. import __version__
+from ..config import POLICIES
 from ..errors import AlisaError
 from .options import add_config_flags
 
@@ -55,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     parser, commands = _parsers()
     arguments, unknown = parser.parse_known_args(argv)
+    arguments.command_line = shlex.join(["alisa", *argv])
     if unknown:
         raise _unknown_argument(unknown[0], commands[arguments.command])
     try:
@@ -77,20 +82,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     text = "continue a prompt with a model of your own"
     generate = choices.add_parser("generate", help=text, description=text, allow_abbrev=False)
-    generate.add_argument(
-        "--model", required=True, metavar="PATH_OR_ID", help="a folder, or a name on the Hugging Face Hub"
-    )
+    _add_model_flags(generate)
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="what to continue (default: standard input)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file with what to continue")
     generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="(default: %(default)s)")
-    generate.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of weights and computation (default: as the model was saved)",
-    )
-    generate.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
     generate.add_argument("--sample", action="store_true", help="draw tokens at random instead of the likeliest")
     generate.add_argument("--temperature", type=float, metavar="T", help="of the drawing; implies --sample")
     generate.add_argument("--seed", type=int, metavar="N", help="makes the drawing repeatable; implies --sample")
@@ -108,12 +104,86 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="how much to read, at most (default: %(default)s)",
     )
 
-    commands = {"generate": generate, "demo": demo}
-    for command in commands.values():
+    text = "what sparsity costs in perplexity and in recall, by policy"
+    evaluate = choices.add_parser("eval", help=text, description=text, allow_abbrev=False)
+    _add_model_flags(evaluate)
+    _add_eval_flags(evaluate)
+
+    commands = {"generate": generate, "demo": demo, "eval": evaluate}
+    for name, command in commands.items():
         command.add_argument("--quiet", action="store_true", help="show no progress")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        add_config_flags(command)
+        # A table has many policies and sparsities.
+        add_config_flags(command, without=("policy", "sparsity") if name == "eval" else ())
     return parser, commands
+
+
+def _add_model_flags(parser: _Parser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="PATH_OR_ID", help="a folder, or a name on the Hugging Face Hub"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of weights and computation (default: as the model was saved)",
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
+
+
+def _add_eval_flags(parser: _Parser) -> None:
+    def flag(name: str, reader: Callable[[str], Any], default: Any, metavar: str, text: str) -> None:
+        parser.add_argument(name, type=reader, default=default, metavar=metavar, help=f"{text} (default: %(default)s)")
+
+    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8, not in the training text")
+    flag("--policies", _names, ",".join(p for p in POLICIES if p not in ("dense", "churn")), "A,B,...", "to compare")
+    flag("--sparsities", _numbers, "0.2,0.4,0.6,0.8,0.9", "X,Y,...", "0 to below 1; dense comes by itself")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="one more line for each policy and sparsity, with these options of alisa; may be repeated",
+    )
+    flag("--samples", _count, 50, "N", "windows of text for perplexity; 0 = no perplexity")
+    flag("--sample-tokens", _positive, 1024, "N", "length of a window")
+    flag("--prompt-tokens", _positive, 256, "N", "of a window, prefilled densely; the others are decoded and scored")
+    flag("--trials", _count, 20, "N", "secret-number trials of each length and depth; 0 = no recall")
+    flag("--recall-sparsities", _numbers, "0.8", "X,Y,...", "of --sparsities")
+    flag("--recall-lengths", _lengths, "300,600", "N,M,...", "tokens from the beginning to the answer")
+    flag("--recall-depths", _numbers, "0,0.25,0.5,0.75,1", "X,Y,...", "where the number is told; 0 = at the beginning")
+    flag("--seed", _count, 0, "N", "of the trials")
+    flag("--batch-size", _positive, 8, "N", "windows at a time; memory grows with it")
+    parser.add_argument(
+        "--method",
+        choices=("emulation", "recurrence"),
+        default="emulation",
+        help="emulation: layer by layer, fast; recurrence: a forward pass for each token (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; cells that are in it are not measured again")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="such as accuracy.png; needs matplotlib")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected: numbers with commas between") from error
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_positive(part.strip()) for part in text.split(",")))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected: an integer >= 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -23,7 +23,7 @@ from alisa_compile.runtime.report import SkipRow
 from tests.passes.graphs import captures, ops
 from tests.support import assert_same_tokens, compiled, left_padded, tiny_model
 
-SPEC = "local=1/10,dynamic=1/10,window=64,sinks=4,refresh=32,max_rows=0"
+SPEC = "local=1/10,dynamic=1/10,rank=decay,window=8,sinks=4,refresh=32,max_rows=0"
 
 
 class Builder:
