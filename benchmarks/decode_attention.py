@@ -28,6 +28,7 @@ from tabulate import tabulate
 
 from alisa_compile import compat, kernels
 from alisa_compile.kernels import native
+from alisa_compile.runtime.tiers import Pool, RowForm, RowShape, Tier, advise_huge_pages
 from benchmarks.machine import machine_line
 
 RESULTS = Path(__file__).parent / "results" / "decode_attention.json"
@@ -109,16 +110,18 @@ class Attention:
         self.case = case
         generator = torch.Generator().manual_seed(0)
         tokens, batch = case.tokens, case.batch
-        dense = Case(torch.bfloat16, 0, tokens, batch).bytes
-        self.layers = max(1, min(math.ceil(4 * cache / case.bytes), (2 << 30) // dense))
-        self.torch_layers = max(1, min(self.layers, math.ceil(4 * cache / dense)))
+        dense_bytes = Case(torch.bfloat16, 0, tokens, batch).bytes
+        self.layers = max(1, min(math.ceil(4 * cache / case.bytes), (2 << 30) // dense_bytes))
+        self.torch_layers = max(1, min(self.layers, math.ceil(4 * cache / dense_bytes)))
         slots = self.layers * batch * tokens
         some = torch.randn((1024, 2, HEADS, HEAD_DIM), generator=generator)
         self.scales = None
         if case.dtype == torch.int8:
             self.scales = torch.rand((slots, 2, HEADS), generator=generator) / 64
             some = (some * 40).round().clamp(-127, 127)
-        self.pool = torch.empty((slots, 2, HEADS, HEAD_DIM), dtype=case.dtype)
+        form = RowForm.KV_INT8 if case.dtype == torch.int8 else RowForm.KV
+        shape = RowShape(HEADS, HEAD_DIM, torch.bfloat16, form)
+        self.pool = Pool.allocate(Tier.DEVICE, shape, slots, torch.device("cpu")).rows
         self.pool.view(-1, *some.shape).copy_(some)
         self.table = torch.arange(slots, dtype=torch.int32).view(self.layers, batch, 1, tokens)
         self.length = torch.full((self.layers,), tokens)
@@ -129,8 +132,10 @@ class Attention:
             self.rows = chosen.sort().values.to(torch.int32)
             self.counts = torch.full((self.layers, batch, 1), case.attended, dtype=torch.int32)
         block = torch.randn((1, HEADS, 1024, HEAD_DIM), generator=generator).bfloat16().repeat(1, 1, tokens // 1024, 1)
-        shape = (self.torch_layers, batch, HEADS, tokens, HEAD_DIM)
-        self.key, self.value = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
+        dense = (self.torch_layers, batch, HEADS, tokens, HEAD_DIM)
+        self.key, self.value = torch.empty(dense, dtype=torch.bfloat16), torch.empty(dense, dtype=torch.bfloat16)
+        for buffer in (self.key, self.value):  # the same advantage for torch
+            advise_huge_pages(buffer)
         self.key.copy_(block)
         self.value.copy_(block)
 
@@ -179,7 +184,9 @@ class Bandwidth:
 
     def __init__(self, cache: int) -> None:
         self.parts, words = 256, max(4 * cache, 1 << 24) // 8
-        self.buffer = torch.ones(words // self.parts * self.parts, dtype=torch.int64)
+        self.buffer = torch.empty(words // self.parts * self.parts, dtype=torch.int64)
+        advise_huge_pages(self.buffer)
+        self.buffer.fill_(1)
         self.floats = self.buffer.view(torch.float32)
         self.sums = torch.zeros(self.parts, dtype=torch.int64)
         self.library: ctypes.CDLL = compat.load_cpp_library(_READ)
@@ -242,7 +249,7 @@ def measure(case: Case, rounds: int, bandwidth: Bandwidth, cache: int) -> dict[s
 
 
 def _verdicts(case: Case, row: dict[str, Any]) -> list[str]:
-    """What the issue asks of the cases of 16k tokens and one sequence."""
+    """The aims for the cases of 16k tokens and one sequence."""
     if case.tokens != 16384 or case.batch != 1:
         return []
     ratio = RATIO[case.dtype] if case.sparsity else 1.0

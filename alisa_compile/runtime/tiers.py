@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import enum
+import mmap
 
 import torch
+
+_HUGE_PAGE = 1 << 21
 
 
 class Tier(enum.Enum):
@@ -60,9 +64,12 @@ class Pool:
     @classmethod
     def allocate(cls, tier: Tier, shape: RowShape, num_slots: int, device: torch.device) -> Pool:
         """`rows [N, 2, P, D]`, `scales [N, 2, P]`; zeroed, so that a dense read of unwritten positions is finite."""
-        rows = torch.zeros(
+        rows = torch.empty(
             (num_slots, 2, shape.heads_per_slot, shape.head_dim), dtype=shape.stored_dtype, device=device
         )
+        if device.type == "cpu":
+            advise_huge_pages(rows)
+        rows.zero_()
         scales = None
         if shape.form is RowForm.KV_INT8:
             scales = torch.zeros((num_slots, 2, shape.heads_per_slot), dtype=torch.float32, device=device)
@@ -79,3 +86,16 @@ def identity_table(num_layers: int, batch_size: int, groups: int, capacity: int,
     count = num_layers * batch_size * groups * capacity
     slots = torch.arange(count, dtype=torch.int32, device=device)
     return slots.view(num_layers, batch_size, groups, capacity)
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask Linux to back a tensor that nothing has touched yet with huge pages; elsewhere, and if refused, do nothing.
+
+    Rows are read in no order, and with small pages a row costs a page walk as well.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    length = (tensor.data_ptr() + tensor.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
