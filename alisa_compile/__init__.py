@@ -11,9 +11,9 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import kernels as _kernels  # noqa: F401  (registers the alisa:: ops)
-from .api import disable, enable, release, report
+from .api import disable, enable, plan, release, report
 from .config import AlisaConfig
-from .errors import AlisaError, CacheError, ConfigError, NotAvailableError
+from .errors import AlisaError, CacheError, ConfigError, InfeasibleError, NotAvailableError, ProfileError
 
 if TYPE_CHECKING:
     from .hf.cache import AlisaCache
@@ -25,9 +25,12 @@ __all__ = [
     "AlisaError",
     "CacheError",
     "ConfigError",
+    "InfeasibleError",
     "NotAvailableError",
+    "ProfileError",
     "disable",
     "enable",
+    "plan",
     "release",
     "report",
 ]

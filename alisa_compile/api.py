@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from .errors import AlisaError
+from .runtime.plan import Plan
+from .runtime.profile import MachineProfile
 from .runtime.report import Report
 from .runtime.store import TokenStore
 
@@ -47,6 +49,43 @@ def report(model_or_cache: Any) -> Report:
         graphs=tuple(first.statistics.graphs.values()),
         decode_ms=tuple(first.statistics.decode_ms),
         prefill_ms=tuple(first.statistics.prefill_ms),
+    )
+
+
+def plan(
+    model_or_config: Any,
+    *,
+    batch_size: int = 1,
+    prompt_length: int,
+    max_new_tokens: int,
+    objective: str = "overlapped",
+    profile: MachineProfile | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Plan:
+    """Where KV rows would be, what would move and how long steps would take; needs no weights.
+
+    model_or_config: a transformers model or its config. prompt_length, max_new_tokens: tokens of each sequence.
+    objective: `overlapped` (transfers hide behind compute) or `paper` (times add up). profile: of another machine;
+    default: this one's, measured at the first call in some seconds and kept. device, dtype: default: the model's, or
+    cuda where there is one and the dtype of the config. options: those of `AlisaConfig`, budgets included.
+    Raises `InfeasibleError`, with the smallest budgets and the longest context that would work.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise AlisaError("plan needs transformers", fix="pip install 'alisa-compile[hf]'")
+    from .hf import planning
+
+    return planning.plan(
+        model_or_config,
+        batch_size=batch_size,
+        prompt_length=prompt_length,
+        max_new_tokens=max_new_tokens,
+        objective=objective,
+        profile=profile,
+        device=device,
+        dtype=dtype,
+        options=options,
     )
 
 

@@ -39,7 +39,7 @@ def alisa(
     **_ignored: Any,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph. `mode` is Inductor's; `options` are those of `AlisaConfig`."""
-    config = AlisaConfig.from_options(options)
+    config = AlisaConfig.from_options(options).require_available()
     started = time.perf_counter()
     gm = compat.copy_graph(gm)
     outcome = run_pipeline(gm, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -13,6 +14,9 @@ from .errors import ConfigError, NotAvailableError
 
 POLICIES = ("swa", "dense", "local", "strided", "h2o", "churn")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+BUDGETS = ("device_kv_budget", "host_kv_budget", "disk_kv_budget")
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,9 @@ class AlisaConfig:
     max_rows: cap on the kept rows; `auto` = grow with the context until a device budget caps it; None = never.
     max_length: tokens to make room for; default: what `generate` knows, else a small start that doubles.
     kv_dtype: `auto` (the model's dtype) or `int8` (symmetric, one float32 scale per token and KV head).
-    device_kv_budget, host_kv_budget, disk_kv_budget, disk_path, recompute: tiers; only their defaults are available.
+    device_kv_budget, host_kv_budget, disk_kv_budget: `auto`, bytes, or text such as 6GiB; plans only so far.
+    disk_path: a folder for the disk tier; plans only so far.
+    recompute: `auto`, `off` or `always` rebuild old rows from saved hidden states; plans only so far.
     validate: decode steps checked against dense attention; only 0 is available.
     inner_compiler: what compiles the rewritten graph: `inductor`, or for debugging `aot_eager` or `eager`.
     """
@@ -73,9 +79,30 @@ class AlisaConfig:
             _integer("max_rows", self.max_rows, 2)
         if not isinstance(self.paper, bool):
             raise ConfigError("option 'paper' is not a flag", got=repr(self.paper), expected="True or False")
-        self._refuse_unavailable()
+        for name in BUDGETS:
+            self.budget_bytes(name)
+        if not (self.disk_path is None or isinstance(self.disk_path, str)):
+            raise ConfigError("option 'disk_path' is not a folder", got=repr(self.disk_path), expected="None or text")
 
-    def _refuse_unavailable(self) -> None:
+    def budget_bytes(self, name: str) -> int | None:
+        """One of the three budgets in bytes; None = `auto`."""
+        value = getattr(self, name)
+        if value == "auto":
+            return None
+        if isinstance(value, str):
+            found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", value.strip().lower())
+            if found is not None and found[2] in _UNITS:
+                return int(Fraction(found[1]) * _UNITS[found[2]])
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+        raise ConfigError(
+            f"option {name!r} is not a number of bytes",
+            got=repr(value),
+            expected="'auto', an integer >= 0, or text such as '6GiB' or '512 MiB'",
+        )
+
+    def require_available(self) -> AlisaConfig:
+        """Refuse what only `plan` understands so far; returns the config. Caches and compiled models ask for this."""
         for name, default in (
             ("device_kv_budget", "auto"),
             ("host_kv_budget", "auto"),
@@ -88,6 +115,7 @@ class AlisaConfig:
                 raise _not_available(name, value, f"leave it at its default ({default!r})")
         if self.recompute == "always":
             raise _not_available("recompute", self.recompute, "leave it at 'auto' or set 'off'")
+        return self
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None) -> AlisaConfig:

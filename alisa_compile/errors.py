@@ -30,5 +30,30 @@ class CacheError(AlisaError, RuntimeError):
     """A cache is used in a way that its contents do not allow (other batch size, other model, no room left)."""
 
 
+class ProfileError(AlisaError, ValueError):
+    """A machine profile cannot be read or holds something else."""
+
+
+class InfeasibleError(AlisaError, ValueError):
+    """No placement of the rows keeps within the budgets.
+
+    smallest_budgets: by tier, the smallest budget in bytes that works while the others stay as they are; a tier that
+    cannot help is absent. longest_context: the most tokens (prompt and new) that the given budgets allow.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        smallest_budgets: dict[str, int],
+        longest_context: int,
+        got: object = None,
+        expected: object = None,
+        fix: str = "",
+    ) -> None:
+        super().__init__(what, got=got, expected=expected, fix=fix)
+        self.smallest_budgets, self.longest_context = smallest_budgets, longest_context
+
+
 class GraphError(AlisaError, RuntimeError):
     """A graph breaks the rules of `alisa_compile.passes.spec`; raised by the checker, never by user input."""

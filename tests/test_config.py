@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import alisa_compile
 from alisa_compile import AlisaConfig, AlisaError, ConfigError, NotAvailableError
-from alisa_compile.errors import CacheError, GraphError
+from alisa_compile.errors import CacheError, GraphError, InfeasibleError, ProfileError
 
 
 def test_defaults() -> None:
@@ -125,9 +126,61 @@ LATER: tuple[tuple[str, Any, str], ...] = (
 @pytest.mark.parametrize(("name", "value", "fix"), LATER)
 def test_not_available_is_refused(name: str, value: Any, fix: str) -> None:
     """What the design has but the code has not is refused by name, never ignored."""
+    config = AlisaConfig.from_options({name: value})  # plans take it
     with pytest.raises(NotAvailableError) as caught:
-        AlisaConfig.from_options({name: value})
+        config.require_available()
     assert f"option {name!r} is not available yet with this value; got: {value!r}; to fix: {fix}" in str(caught.value)
+
+
+def test_what_runs_asks_for_what_is_available() -> None:
+    """Caches and compiled modules refuse, before anything is allocated or compiled."""
+    hf = pytest.importorskip("transformers")
+    config = hf.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(NotAvailableError, match="'device_kv_budget' is not available yet"):
+        alisa_compile.AlisaCache(config, device_kv_budget="1GiB")
+    module = torch.compile(torch.nn.Linear(2, 2), backend="alisa", options={"host_kv_budget": 0})
+    with pytest.raises(Exception, match="'host_kv_budget' is not available yet") as caught:
+        module(torch.ones(1, 2))
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), NotAvailableError)
+    assert AlisaConfig().require_available() == AlisaConfig()
+
+
+@pytest.mark.parametrize("name", ("device_kv_budget", "host_kv_budget", "disk_kv_budget"))
+@pytest.mark.parametrize(
+    ("value", "count"),
+    (
+        ("auto", None),
+        (0, 0),
+        (12345, 12345),
+        ("6GiB", 6 << 30),
+        ("512 MiB", 512 << 20),
+        ("1.5gib", 3 << 29),
+        ("2 TiB", 2 << 40),
+        ("64KiB", 64 << 10),
+        ("3GB", 3 * 10**9),
+        ("7k", 7000),
+        ("10M", 10**7),
+        (" 100 B ", 100),
+        ("100", 100),
+        ("0.1GB", 10**8),
+    ),
+)
+def test_budget(name: str, value: Any, count: int | None) -> None:
+    """Powers of 1024 with an i, of 1000 without; exact, also where a float is not."""
+    assert AlisaConfig.from_options({name: value}).budget_bytes(name) == count
+
+
+@pytest.mark.parametrize("value", (-1, True, 1.5, None, "", "GiB", "-1GiB", "6 apples", "1e9", "5i", "5iB", "1,5GiB"))
+def test_budget_that_is_none(value: Any) -> None:
+    text = "option 'host_kv_budget' is not a number of bytes.*expected: 'auto', an integer >= 0, or text such as '6GiB'"
+    with pytest.raises(ConfigError, match=text) as caught:
+        AlisaConfig(host_kv_budget=value)
+    assert caught.value.got == repr(value)
+
+
+def test_disk_path_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="'disk_path' is not a folder; got: 3"):
+        AlisaConfig.from_options({"disk_path": 3})
 
 
 def test_every_option_is_used_or_refused() -> None:
@@ -160,8 +213,12 @@ def test_error_types() -> None:
         (NotAvailableError, NotImplementedError),
         (CacheError, RuntimeError),
         (GraphError, RuntimeError),
+        (ProfileError, ValueError),
     ):
         error = kind("what", got=0, expected="more", fix="do this")
         assert isinstance(error, (AlisaError, builtin)) and issubclass(kind, AlisaError) and issubclass(kind, builtin)
         assert str(error) == "what; got: 0; expected: more; to fix: do this"
     assert str(AlisaError("only what")) == "only what"
+    infeasible = InfeasibleError("what", smallest_budgets={"host": 7}, longest_context=9, fix="do this")
+    assert isinstance(infeasible, (AlisaError, ValueError)) and str(infeasible) == "what; to fix: do this"
+    assert (infeasible.smallest_budgets, infeasible.longest_context) == ({"host": 7}, 9)

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..errors import AlisaError
+from ..errors import AlisaError, CacheError
 from .cache import AlisaLayer, refuse_gradients
 
 NAME = "alisa"
@@ -39,6 +39,13 @@ def alisa_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query [B, Hq, T, D]` over an AlisaCache; returns `[B, T, Hq, D]` and no weights."""
     layer: AlisaLayer | None = getattr(key, "alisa_layer", None)
+    if layer is None and getattr(key, "alisa_dense", None):
+        raise CacheError(
+            "this AlisaCache would be dense, although the model's eager attention is sparse",
+            got="a cache built from a config without attn_implementation='alisa'",
+            expected="the config of the model as it is now",
+            fix="build it as AlisaCache(model.config, ...) after attn_implementation is set",
+        )
     if torch.compiler.is_compiling() or layer is None:
         mask = attention_mask
         if mask is not None and mask.dim() == 2:

@@ -124,6 +124,7 @@ class AlisaLayer(CacheLayerMixin):
                 store.pool, store.scales, store.table[..., :total], store.length, store.valid, None, None, None, None,
                 key_states, value_states, self.index, "extend", store.spec, store.padded,
             )  # fmt: skip
+        keys.alisa_dense = store.spec  # type: ignore[attr-defined]  # attention.py refuses to take them for sparse
         self.finish_eager_step(new_tokens)
         return keys, values
 
@@ -223,7 +224,7 @@ class AlisaCache(Cache):
         kv_shapes: KVShapes | None = None,
         **options: Any,
     ) -> None:
-        self.options = AlisaConfig.from_options(options)
+        self.options = AlisaConfig.from_options(options).require_available()
         self.decoder_config = config.get_text_config(decoder=True)
         self.stores: list[TokenStore] = []
         super().__init__(layers=[])

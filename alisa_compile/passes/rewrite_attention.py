@@ -138,7 +138,7 @@ def _check(node: fx.Node, site: ReadSite, append: fx.Node, writes: Writes) -> fx
         raise Refusal("it uses dropout (training mode)")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         raise Refusal("gradients are enabled; call it under torch.no_grad() or torch.inference_mode()")
-    if not isinstance(node.kwargs.get("scale"), (int, float, type(None))):
+    if _scale_of(node) is None:
         raise Refusal("its scale is computed in the graph")
     operands = [o for o in node.args[1:3] if isinstance(o, fx.Node)]
     if any(writes.between(value, append, node) for value in (*operands, site.key, site.value)):
@@ -167,14 +167,28 @@ def _check(node: fx.Node, site: ReadSite, append: fx.Node, writes: Writes) -> fx
     return proved.padding if site.padded else None
 
 
+def _scale_of(node: fx.Node) -> float | None:
+    """The softmax scale as a number; None where the graph computes it.
+
+    A model's own scale that Dynamo made an unknown, because another model had another one, becomes a guard.
+    """
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        return 1 / math.sqrt(int(example(node.args[0]).shape[3]))
+    value = example(scale) if isinstance(scale, fx.Node) else scale
+    return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
+
+
 def _check_sizes(mask: fx.Node, proved: CausalMask, query: torch.Tensor, key: torch.Tensor) -> None:
     """A mask whose only row or column is broadcast over all queries or keys is another mask than was proved."""
-    batch, _, queries, keys = (symbolic_expression(size) for size in example(mask).shape)
+    queries, keys = (symbolic_expression(size) for size in example(mask).shape[2:])
     if (queries, keys) != (symbolic_expression(query.shape[2]), symbolic_expression(key.shape[2])):
         raise Refusal("its mask repeats one position along a dimension")
     if proved.padding is None:
         return
-    if {batch, symbolic_expression(example(proved.padding).shape[0])} != {symbolic_expression(query.shape[0])}:
+    # Where a size is an unknown, asking makes the answer a guard of the graph: after a second batch size Dynamo lets
+    # those of the inputs vary, each by itself.
+    if any(bool(size != query.shape[0]) for size in (example(mask).shape[0], example(proved.padding).shape[0])):
         raise Refusal("its padding mask is for another batch size")
 
 
@@ -196,8 +210,7 @@ def _check_offset(proved: CausalMask, site: ReadSite) -> None:
 def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | None) -> fx.Node:
     query = node.args[0]
     assert isinstance(query, fx.Node)
-    scale = node.kwargs.get("scale")
-    scale = 1 / math.sqrt(example(query).shape[3]) if scale is None else scale
+    scale = _scale_of(node)
     valid = site.valid if site.padded else None
     groups = example(site.table).shape[2]
 

@@ -62,6 +62,7 @@ class RunStatistics:
 class Report:
     """The result of `alisa_compile.report(model)`: print it, or take `.to_dict()`.
 
+    Sparsity and step times are those of steps of one token; the blocks of assisted decoding are not in them.
     `step_ms` is the compiled call alone; Dynamo's guards and transformers' own work between steps are not in it.
     """
 

@@ -60,6 +60,7 @@ class TokenStore:
         self.host_length = self.host_origin = 0
         self.statistics = RunStatistics()
         self._step_started = 0.0
+        self._length_before = 0  # the latest step
         self._in_step = False
         self._sparse_layers = 0
         self._allocate(capacity)
@@ -193,8 +194,12 @@ class TokenStore:
                 gone = {rank % ring for rank in range(max(first, last - ring), last)}
                 self.scores[:, sequence, :, sorted(gone)] = 0
         valid = self.valid if self.padded else None
+        # A refresh is due where the tokens that stay pass one, once: rejected drafts may pass it again and again.
+        accepted = max(1, length - self._length_before)
         for layer in range(self.shape.num_layers):
-            if int(self.counts[layer].min()) >= 0:  # a refresh that is due stays due
+            if length > self.host_origin and selection.is_refresh_step(length + 1 - self.host_origin, layer, accepted):
+                self.counts[layer] = -1
+            else:
                 choose(self.scores, self.rows, self.counts, length, valid, layer, selection)
 
     def select_sequences(self, index: list[int]) -> None:
@@ -304,6 +309,7 @@ class TokenStore:
                 "max_length when the cache is built",
             )
         self._step_started = time.perf_counter()
+        self._length_before = self.host_length
         self._in_step = True
         self._sparse_layers = 0
 
@@ -334,6 +340,11 @@ class TokenStore:
         if self.counts is not None:
             self.counts.fill_(-1)
         self._in_step = False
+
+    def attend_to_all(self) -> None:
+        """Make the coming step dense, as a refresh would."""
+        if self.counts is not None:
+            self.counts.fill_(-1)
 
     def effective_sparsity(self) -> float:
         """Share of past rows that the coming step leaves out, averaged over layers, sequences and groups."""

@@ -14,6 +14,7 @@ import numpy as np
 from tabulate import tabulate
 
 _RESAMPLES = 10_000
+_FEWEST_WINDOWS = 8  # for an interval
 _LABEL_WIDTH = 22
 
 
@@ -36,9 +37,12 @@ def ratio_interval(losses: Sequence[float], dense: Sequence[float]) -> tuple[flo
     """Perplexity relative to dense over the same windows, and its paired bootstrap 95 % interval.
 
     Paired: a resample draws windows, and takes both models' losses on them. Some windows are hard for every policy,
-    and that must not widen the interval.
+    and that must not widen the interval. With fewer than 8 windows there is none (NaN): resampling a handful tells
+    nothing about windows that were not drawn.
     """
     differences = np.asarray(losses) - np.asarray(dense)
+    if len(differences) < _FEWEST_WINDOWS:
+        return math.exp(differences.mean()), math.nan, math.nan
     draws = np.random.default_rng(0).integers(0, len(differences), size=(_RESAMPLES, len(differences)))
     low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])
     return math.exp(differences.mean()), math.exp(low), math.exp(high)
@@ -131,7 +135,7 @@ def _loss_cells(row: Row, dense: Row) -> list[str]:
     if not dense.losses or row is dense:
         return [perplexity, "1" if row is dense else ""]
     ratio, low, high = ratio_interval(row.losses, dense.losses)
-    return [perplexity, f"{ratio:.3f} {low:.3f}-{high:.3f}"]
+    return [perplexity, f"{ratio:.3f}" if math.isnan(low) else f"{ratio:.3f} {low:.3f}-{high:.3f}"]
 
 
 def _recall_cell(row: Row, form: str) -> str:

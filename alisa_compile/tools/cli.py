@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..config import POLICIES
 from ..errors import AlisaError
+from ..runtime.plan import OBJECTIVES
 from .options import add_config_flags
 
 #: Of everything that is to blame on the input, as argparse does it.
@@ -109,7 +110,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_model_flags(evaluate)
     _add_eval_flags(evaluate)
 
-    commands = {"generate": generate, "demo": demo, "eval": evaluate}
+    text = "where the KV rows of a generation would be, and how long its steps would take; needs no weights"
+    plan = choices.add_parser("plan", help=text, description=text, allow_abbrev=False)
+    _add_model_flags(plan)
+    _add_plan_flags(plan)
+
+    commands = {"generate": generate, "demo": demo, "eval": evaluate, "plan": plan}
     for name, command in commands.items():
         command.add_argument("--quiet", action="store_true", help="show no progress")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -163,6 +169,21 @@ def _add_eval_flags(parser: _Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; cells that are in it are not measured again")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="such as accuracy.png; needs matplotlib")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+
+
+def _add_plan_flags(parser: _Parser) -> None:
+    text = "tokens to read"
+    parser.add_argument("--prompt-length", type=_positive, required=True, metavar="N", help=text)
+    text = "tokens to generate (default: %(default)s)"
+    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help=text)
+    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="sequences (default: %(default)s)")
+    text = "overlapped: transfers hide behind compute; paper: times add up (default: %(default)s)"
+    parser.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help=text)
+    text = "a saved profile, perhaps of another machine (default: this machine's, measured once and kept)"
+    parser.add_argument("--profile", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--json", action="store_true", help="print everything, by step, as JSON")
+    text = "such as plan.png: bytes by tier and step time over the steps; needs matplotlib"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=text)
 
 
 def _names(text: str) -> tuple[str, ...]:

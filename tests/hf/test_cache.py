@@ -77,6 +77,24 @@ def test_model_compile_with_own_cache(stock: Any, ids: torch.Tensor) -> None:
     assert cache.get_seq_length() == ids.shape[1] + NEW - 1
 
 
+def test_model_compile_with_several_batch_sizes_models_and_scales() -> None:
+    """Every one is rewritten: what Dynamo makes an unknown after a second value becomes a guard again."""
+    for changes in ({}, {"hidden_size": 96}):
+        model = tiny_model("llama", layers=1, **changes)
+        stock = copy.deepcopy(model)
+        model.compile(backend=backend.alisa, options={"inner_compiler": "eager", "sparsity": 0.0})
+        for batch_size, scale in ((1, None), (2, None), (3, None), (3, 0.1), (3, 0.3)):
+            if scale is not None:
+                for one in (model, stock):
+                    one.model.layers[0].self_attn.scaling = scale
+            ids, mask = left_padded(batch_size, 20)
+            cache = AlisaCache(model.config, batch_size=batch_size, sparsity=0.0)
+            with recorded_compiles() as rows:
+                out = generate(model, ids, attention_mask=mask, past_key_values=cache)
+            assert torch.equal(out, generate(stock, ids, attention_mask=mask))
+            assert all(row.rewritten == 1 for row in rows), rows
+
+
 def test_model_compile_uses_the_options_of_the_cache(stock: Any, ids: torch.Tensor) -> None:
     """The cache says how sparse: the same tokens as with those options under torch.compile."""
     expected = generate(compiled(stock, **SPARSE), ids)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from alisa_compile import AlisaCache
+from alisa_compile import AlisaCache, CacheError
 from alisa_compile.hf import attention as alisa_attention
 from tests.kernels.harness import Driver, Heads, random_block, stored_rows
 from tests.support import compiled, left_padded, tiny_model
@@ -275,3 +275,46 @@ def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, 
         ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
     )
     return out
+
+
+@pytest.mark.parametrize("chunk", [8, 13, 64])
+def test_a_prompt_in_chunks_is_dense_to_its_end(chunk: int) -> None:
+    """Sparse decode, but the first token comes from dense attention however short the last chunk is, even one token."""
+    stock = tiny_model("llama", layers=2, seed=3)
+    options = {"sparsity": 0.9, "refresh": 0}
+    for length in (64 + 8, 65):
+        ids, mask = left_padded(2, length)
+        chunked, whole = (
+            compiled(stock, inner="eager", **options).generate(
+                ids, attention_mask=mask, max_new_tokens=1, do_sample=False, pad_token_id=0, output_logits=True,
+                return_dict_in_generate=True, **more,
+            ).logits[0]
+            for more in ({"prefill_chunk_size": chunk}, {})
+        )  # fmt: skip
+        torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-4)
+
+
+def test_rejected_drafts_do_not_repeat_refreshes() -> None:
+    """Each refresh comes once, though ten rejected drafts pass it every time."""
+    heads, generator = Heads(4, 2, 8), torch.Generator().manual_seed(0)
+    driver = Driver(heads, capacity=400, layers=2, dtype=torch.float32, sparsity=0.8, refresh=8)
+    store = driver.store
+    driver.forward(random_block(generator, heads, 40, layers=2, dtype=torch.float32))
+    dense = []
+    for _ in range(64):
+        assert store.counts is not None
+        dense.append((store.counts[:, 0, 0] < 0).tolist())
+        driver.forward(random_block(generator, heads, 11, layers=2, dtype=torch.float32))
+        store.crop(store.host_length - 10)
+    assert [sum(layer) for layer in zip(*dense, strict=True)] == [8, 8]
+
+
+def test_a_cache_of_another_config_is_not_taken_for_sparse(sparse: Any) -> None:
+    """Eager attention is sparse, but the cache was built from a config that does not say so."""
+    config = tiny_model("llama", layers=2).config
+    with pytest.raises(CacheError, match=r"would be dense.*got: a cache built from a config without attn_impl"):
+        cache = AlisaCache(config, sparsity=0.8)
+        for tokens in (_tokens(1, 20, 0), _tokens(1, 1, 1)):
+            _forward(
+                sparse, cache, tokens, torch.ones((1, cache.get_seq_length() + tokens.shape[1]), dtype=torch.int64)
+            )

@@ -341,14 +341,79 @@ def test_attention_is_safe_with_large_logits() -> None:
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
-def test_a_nan_in_an_attended_row_is_not_hidden(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize(
+    ("dtype", "query_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.int8, torch.float32),
+        (torch.int8, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_nan_in_an_attended_row_is_not_hidden(dtype: torch.dtype, query_dtype: torch.dtype, part: int) -> None:
     """Nor does it leak to other KV heads."""
-    case = _case((4, 1, 2, 16, 300, 290, 1), dtype, torch.float32 if dtype == torch.int8 else dtype)
+    case = _case((4, 1, 2, 16, 300, 290, 1), dtype, query_dtype)
     slot = int(case.store.table[1, 0, 0, 7])
-    (case.store.pool if case.store.scales is None else case.store.scales)[slot, 0, 1] = float("nan")
+    (case.store.pool if case.store.scales is None else case.store.scales)[slot, part, 1] = float("nan")
     out, _ = case.run("dense")
     assert out[0, 4:].isnan().all() and not out[0, :4].isnan().any()
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("count", [1, 2, 3, 127, 128, 129, 131, 159, 161])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_rows_are_paired_for_any_count(dtype: torch.dtype, count: int) -> None:
+    """Counts that are odd, of one tile and more; the rows that are not attended, also of the last pair, hold NaN."""
+    case = _case((4, 1, 2, 96, 200, 200, 1), dtype, torch.bfloat16)
+    generator = torch.Generator().manual_seed(count)
+    case.rows = torch.randperm(200, generator=generator)[:count].sort().values.to(torch.int32).expand(2, 1, 1, -1)
+    case.rows, case.counts = case.rows.contiguous(), torch.full((2, 1, 1), count, dtype=torch.int32)
+    idle = torch.ones(case.store.pool.shape[0], dtype=torch.bool)
+    idle[case.store.table[1, 0, 0].long()[case.rows[1, 0, 0].long()]] = False
+    (case.store.pool if case.store.scales is None else case.store.scales)[idle] = float("nan")
+    out, mass = case.run("gathered")
+    expected, expected_mass = case.run("gathered", attention_reference, exact=True)
+    torch.testing.assert_close(out.double(), expected, rtol=2.0**-8, atol=2.0**-10)
+    torch.testing.assert_close(mass[..., :count].double(), expected_mass[..., :count], rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_many_small_weights_beside_a_large_one_count(dtype: torch.dtype) -> None:
+    """A sink takes half of the attention; beside it 15 bits would be too few for the weights of the others."""
+    length = 17000
+    case = _case((4, 1, 1, 64, length, length, 1), dtype, torch.bfloat16)
+    slots = case.store.table[1, 0, 0].long()
+    case.query[...] = 1.0
+    unit = 1.0
+    if case.store.scales is not None:
+        case.store.scales[...] = 1 / 32
+        unit = 32.0
+    values = torch.arange(64) % 7 - 3.0
+    case.store.pool[slots] = torch.stack([torch.zeros(64), values * unit / 4]).unsqueeze(1).to(dtype)
+    case.store.pool[slots[0]] = torch.stack([torch.full((64,), unit), -values * unit / 4]).unsqueeze(1).to(dtype)
+    case.scale = math.log(length) / 64  # e^(64 scale) = 17000: the sink weighs as much as all others
+    out, _ = case.run("dense")
+    # Half each way: what is left is small beside either half.
+    torch.testing.assert_close(out.float(), torch.zeros_like(out, dtype=torch.float32), rtol=0, atol=2e-3)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("query_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_largest_int8_values_do_not_overflow(query_dtype: torch.dtype) -> None:
+    """Every product of a weight and a value has the same sign and the largest size; scales of very different size."""
+    case = _case((4, 1, 1, 64, 320, 320, 1), torch.int8, query_dtype)
+    assert case.store.scales is not None
+    case.store.pool[:, 0] = 0
+    case.store.pool[:, 1] = -128
+    for scale in (1e-30, 1 / 128, 100.0):
+        case.store.scales[...] = scale
+        out, _ = case.run("dense")
+        expected = torch.full_like(out, -128 * scale)
+        torch.testing.assert_close(out.float(), expected.float(), rtol=2.0**-8, atol=0)
 
 
 @pytest.mark.usefixtures("built")
@@ -363,10 +428,18 @@ def test_a_sequence_of_padding_alone_gets_zeros() -> None:
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("mode", _MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_neither_slots_nor_threads_change_a_bit(dtype: torch.dtype, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "query_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.int8, torch.float32),
+        (torch.int8, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_neither_slots_nor_threads_change_a_bit(dtype: torch.dtype, query_dtype: torch.dtype, mode: str) -> None:
     """On a shape that is large enough to be shared between threads."""
-    query_dtype = torch.float32 if dtype == torch.int8 else dtype
     case = _case((4, 2, 2, 64, 1100, 1000, 2), dtype, query_dtype)
     with _threads(1):
         expected = case.run(mode)

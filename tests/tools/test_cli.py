@@ -190,7 +190,7 @@ def test_stream_comes_word_by_word(short: str, monkeypatch: pytest.MonkeyPatch) 
         ([*ON_MODEL, "--prompt", "a", "--sparsity", "1.5"], r"'sparsity'.*1\.5.*\[0, 1\)"),
         ([*ON_MODEL, "--prompt", "a", "--sparsity", "much"], "'much'.*a number"),
         ([*ON_MODEL, "--prompt", "a", "--policy", "dens"], "did you mean 'dense'"),
-        ([*ON_MODEL, "--prompt", "a", "--policy", "h2o"], "not available yet"),
+        ([*ON_MODEL, "--prompt", "a", "--validate", "3"], "not available yet"),
         ([*ON_MODEL, "--prompt", "a", "--sparcity", "0.5"], "did you mean --sparsity"),
         ([*ON_MODEL, "--prompt", "a", "--max-new-tokens", "0"], "integer >= 1"),
         ([*ON_MODEL, "--prompt", "a", "--max-new-tokens", "5000"], "at most 4096"),

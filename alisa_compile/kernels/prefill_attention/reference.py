@@ -6,11 +6,9 @@ import torch.nn.functional as F
 from ..selection import decode_spec
 from ..swa_attention.reference import score_dtype
 
-_BLOCK_ELEMENTS = 1 << 22  # bounds the scratch of a block of query rows to some tens of MB; no S x S buffer exists
+_MASK_ELEMENTS = 1 << 22  # bounds the mask of a block of query rows; no S x S buffer exists
 _BLOCK_ROWS = 256  # a block sees the keys up to its own end: short blocks waste little above the diagonal
-_BLOCK_ELEMENTS = (
-    1 << 20
-)  # logits of a block of last rows: several passes go over them, so they should stay in the cache
+_MASS_ELEMENTS = 1 << 20  # logits of a block of last rows: several passes go over them, so they should stay cached
 
 
 def prefill_attention(
@@ -63,7 +61,7 @@ def blockwise_attention(
     batch_size, query_heads, query_length, _ = query.shape
     kv_length = key.shape[2]
     columns = torch.arange(kv_length, device=query.device)
-    block = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // (batch_size * kv_length)))
+    block = max(1, min(_BLOCK_ROWS, _MASK_ELEMENTS // (batch_size * kv_length)))
     out = query.new_empty(query.shape)
     for start in range(0, query_length, block):
         end = query_start + min(start + block, query_length)
@@ -112,7 +110,7 @@ def last_rows_mass(
         chosen = order[:, query_length - seed_rows :]
         real = own.gather(1, chosen)
     columns = torch.arange(kv_length, device=query.device)
-    block = max(1, _BLOCK_ELEMENTS // (batch_size * query_heads * kv_length))
+    block = max(1, _MASS_ELEMENTS // (batch_size * query_heads * kv_length))
     for start in range(0, seed_rows, block):
         index = chosen[:, start : start + block]
         count = index.shape[1]

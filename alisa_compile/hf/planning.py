@@ -1,0 +1,140 @@
+"""Plans for transformers models: shapes from a model or from a config alone, without weights."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..config import AlisaConfig
+from ..errors import CacheError, ConfigError, NotAvailableError
+from ..runtime.budgets import resolve
+from ..runtime.plan import ModelShape, Plan, make_plan
+from ..runtime.profile import MachineProfile, obtain
+from ..runtime.store import StoreShape
+from .cache import AlisaLayer, KVShapes, build_layers, observe_kv_shapes, why_unmanaged
+
+logger = logging.getLogger(__name__)
+
+_PREFILL_TOKENS = 4096  # a longer prompt is read in pieces, so no more have activations at once
+
+
+def plan(
+    model_or_config: Any,
+    *,
+    batch_size: int,
+    prompt_length: int,
+    max_new_tokens: int,
+    objective: str,
+    profile: MachineProfile | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    options: dict[str, Any],
+) -> Plan:
+    """See `alisa_compile.plan`."""
+    options_given = AlisaConfig.from_options(options)
+    if options_given.validate:
+        raise NotAvailableError("a plan does not know the cost of validate", got=options_given.validate, fix="leave it")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("prompt_length", prompt_length),
+        ("max_new_tokens", max_new_tokens),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is out of range", got=repr(value), expected="an integer >= 1")
+    given = getattr(model_or_config, "_orig_mod", model_or_config)  # of torch.compile
+    if isinstance(given, PreTrainedModel) and given.device.type == "meta":
+        given = given.config
+    has_weights = isinstance(given, PreTrainedModel)
+    if not has_weights and not isinstance(given, PreTrainedConfig):
+        raise ConfigError(
+            "there is no plan for this object",
+            got=type(given).__name__,
+            expected="a transformers model, or its config",
+        )
+    model = given if has_weights else _skeleton(given)
+    config: Any = (given.config if has_weights else given).get_text_config(decoder=True)
+    place = _device_of(given) if device is None else _usable(device)
+    if dtype is None:
+        dtype = (given.dtype if has_weights else getattr(config, "dtype", None)) or torch.get_default_dtype()
+    shape = model_shape(config, model, batch_size, dtype, place)
+    # Weights that are there already are no longer in what is free.
+    count = shape.parameters if model is None else sum(parameter.numel() for parameter in model.parameters())
+    weights = 0 if has_weights else count * dtype.itemsize
+    tokens = batch_size * min(prompt_length, _PREFILL_TOKENS)
+    budgets = resolve(options_given, place, weights, _activation_bytes(config, tokens, batch_size, dtype))
+    return make_plan(
+        shape,
+        options_given,
+        budgets,
+        profile or obtain(place, dtype),
+        prompt_length=prompt_length,
+        max_new_tokens=max_new_tokens,
+        objective=objective,
+    )
+
+
+def _device_of(given: Any) -> torch.device:
+    if isinstance(given, PreTrainedModel):
+        return torch.device(given.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        fix = "for a machine that is not this one, give its profile and budgets and leave the device out"
+        raise ConfigError("cannot use this device", got=device, expected="such as cpu or cuda:0", fix=fix) from error
+    return place
+
+
+def _skeleton(config: PreTrainedConfig) -> Any:
+    """The model without storage; None for one that transformers cannot build from its config alone."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a model class that another library defines, or one that needs real tensors
+        logger.warning("plan from the config alone, because the model cannot be built without weights: %r", error)
+        return None
+
+
+def model_shape(config: Any, model: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> ModelShape:
+    """config: of the text decoder. model: with or without weights, or None."""
+    observed: KVShapes | None = None if model is None else observe_kv_shapes(model)
+    layers = build_layers(config, observed)
+    reason = why_unmanaged(config, layers)
+    if reason is not None:
+        raise CacheError("this model has no full-attention layer to plan for", got=reason)
+    counts: dict[tuple[int, int], int] = {}
+    for layer in layers:
+        if isinstance(layer, AlisaLayer):
+            shape = (layer.kv_heads, layer.head_dim)
+            counts[shape] = counts.get(shape, 0) + 1
+    stores = tuple(
+        StoreShape(count, batch_size, heads, width, dtype, device) for (heads, width), count in counts.items()
+    )
+    hidden = int(config.hidden_size)
+    unmanaged = len(layers) - sum(counts.values())
+    return ModelShape(stores, hidden, _parameters(config, model, len(layers)), unmanaged)
+
+
+def _parameters(config: Any, model: Any, layers: int) -> int:
+    """Those that each token is multiplied with: without the table of input embeddings, unless it is the output too."""
+    hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
+    if model is None:  # the usual proportions: four hidden x hidden matrices, and an MLP of eight
+        return 12 * layers * hidden**2 + hidden * vocabulary
+    total: int = sum(parameter.numel() for parameter in model.parameters())
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    is_shared = inputs is None or outputs is None or inputs.weight is outputs.weight
+    return total if is_shared else total - int(inputs.weight.numel())
+
+
+def _activation_bytes(config: Any, tokens: int, batch_size: int, dtype: torch.dtype) -> int:
+    """A rough bound for a prefill: a layer's residual, projections and MLP, and the last tokens' logits in float32."""
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden)
+    return tokens * (6 * hidden + 3 * inner) * dtype.itemsize + 2 * batch_size * int(config.vocab_size) * 4
