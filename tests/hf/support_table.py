@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tabulate import tabulate
 
+BEGIN, END = "<!-- families: written by tests/hf/support_table.py -->", "<!-- end of families -->"
 _cells: dict[tuple[str, str], str] = {}
 
 
@@ -49,4 +50,16 @@ def pytest_sessionfinish(session: Any) -> None:
         "sparsity 0.\n`yes`: attention rewritten, and the mode's result is stock's. `dense`: the same result, with "
         f"attention left dense and the reason\nin a warning and in the report.\n\n{table}\n\n{legend}\n",
         encoding="utf-8",
+    )
+
+
+def families_table() -> str:
+    """The README's table of model families, from the cases of `test_families.py`."""
+    from tests.hf.test_families import REFUSED, REWRITTEN
+
+    refused = "; ".join(f"{family}: {reason}" for family, (_, reason) in REFUSED.items())
+    return (
+        f"{BEGIN}\n\n| | families |\n|---|---|\n"
+        f"| rewritten, exact | {'; '.join(REWRITTEN)} |\n"
+        f"| left dense, exact, with the reason | {refused} |\n\n{END}"
     )
