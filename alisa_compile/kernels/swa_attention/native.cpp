@@ -4,7 +4,7 @@
 // in tiles of kTile rows: dot products, weights, weighted sum, while the lines of the next tile are asked for. Within a
 // tile several rows advance together, head by head. One slot after the other would wait for each page to be found.
 // The dot products of 16 pairs of a row and a head are reduced together, and where the dtypes allow it they are taken
-// without widening the rows to float32 (`BFloat16Dot`, `Int8Dot`).
+// without widening the rows to float32 (`BFloat16Dot`, `Int8Dot`); weighted sums then take rows in pairs.
 
 #include "../native.h"
 
@@ -26,6 +26,7 @@ struct Problem {
 
 constexpr int64_t kTile = 32;  // rows between two looks at the largest logit
 constexpr int64_t kMostTiles = 16;
+constexpr int64_t kManyRows = 128;  // from here on weights may be rounded to 16 bits
 
 // Rows in a block: enough blocks to share between threads. It depends on the sequence alone, and so does the order of
 // every sum.
@@ -117,8 +118,10 @@ template <class V>
          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
-// How rows meet the query. `prepare` turns a query row into Query elements, zeros beyond, and returns the factor that
-// its dot products still need; then `read` and `add` take kElements at a time.
+// How rows meet the query and the weights. `prepare` turns a query row into Query elements, zeros beyond, and returns
+// the factor that its dot products still need; then `read` and `add` take kElements at a time. With kPairs `add`
+// multiplies pairs of 16-bit elements, and weighted sums advance by pairs of rows: `prepare_weights` turns the weights
+// of a tile into Weight elements and returns the factor that its sums still need; `low` and `high` interleave two rows.
 
 template <class RowType, class AccType>
 struct WideDot {  // everything in the accumulation type
@@ -136,6 +139,8 @@ struct WideDot {  // everything in the accumulation type
   static Elements read_tail(const Row* row, int64_t count) { return Loader<Row, Acc>::read_tail(row, count); }
   static Sum add(Sum sum, Elements row, Elements query) { return sum + row * query; }
   static Lanes<Acc> finish(Sum sum) { return sum; }
+  using Weight = Acc;
+  static constexpr bool kPairs = false;
 };
 
 #ifdef __AVX512BF16__
@@ -158,6 +163,30 @@ struct BFloat16Dot {  // rows and query in bfloat16: products are exact, sums ar
     return bit_cast<Sum>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), row, query));
   }
   static Lanes<float> finish(Sum sum) { return sum; }
+
+  using Weight = float;
+  static constexpr bool kPairs = false;
+};
+
+// Weights too, rounded to bfloat16 as the reference does. Their rounding errors average out over many rows.
+struct BFloat16PairDot : BFloat16Dot {
+  using Weight = uint16_t;
+  static constexpr bool kPairs = true;
+  static float prepare_weights(Lanes<float> low, Lanes<float> high, Weight* weights) {
+    save(weights, _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
+    return 1;
+  }
+  static Elements low(Elements a, Elements b) {
+    return reinterpret_cast<__m512bh>(
+        _mm512_unpacklo_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+  static Elements high(Elements a, Elements b) {
+    return reinterpret_cast<__m512bh>(
+        _mm512_unpackhi_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+  static Elements broadcast(const Weight* pair) {
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(load<int32_t>(pair)));
+  }
 };
 #endif
 
@@ -198,36 +227,71 @@ struct Int8Dot {
     return bit_cast<Sum>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), row, query));
   }
   static Lanes<float> finish(Sum sum) { return __builtin_convertvector(sum, Lanes<float>); }
+
+  // Against the largest of a tile weights keep 15 bits. 32 rows of -128 times that stay below 2^31.
+  using Weight = int16_t;
+  static constexpr bool kPairs = true;
+  static float prepare_weights(Lanes<float> low, Lanes<float> high, Weight* weights) {
+    // As integers: NaN is the largest, and the sum becomes NaN through the factor.
+    using Bits = Vector<int32_t, 16>;
+    const Bits one = bit_cast<Bits>(low) & 0x7fffffff, other = bit_cast<Bits>(high) & 0x7fffffff;
+    const float most = bit_cast<float>(max_lanes<int32_t>(one > other ? one : other));
+    const float unit = std::max(most * (1 / 32767.0f), std::numeric_limits<float>::min()), inverse = 1 / unit;
+    const __m512i first = _mm512_cvtps_epi32(bit_cast<__m512>(low * inverse));
+    const __m512i second = _mm512_cvtps_epi32(bit_cast<__m512>(high * inverse));
+    save(weights, _mm512_cvtepi32_epi16(first));
+    save(weights + 16, _mm512_cvtepi32_epi16(second));
+    return unit;
+  }
+  static Elements low(Elements a, Elements b) { return _mm512_unpacklo_epi16(a, b); }
+  static Elements high(Elements a, Elements b) { return _mm512_unpackhi_epi16(a, b); }
+  static Elements broadcast(const Weight* pair) { return _mm512_set1_epi32(load<int32_t>(pair)); }
 };
 #endif
 
-// Asks for elements [offset, offset + dim) of rows that come later.
-template <class Row>
-void ask_for(const Row* const* rows, int64_t count, int64_t offset, int64_t dim) {
-  const int64_t bytes = dim * int64_t(sizeof(Row));
-  for (int64_t i = 0; i < count; ++i) {
-    const char* address = reinterpret_cast<const char*>(rows[i] + offset);
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(address + byte);
+// Asks for bytes [begin, begin + size) of rows that come later, row after row, a few lines at a time: requests in a
+// burst would wait for each other.
+struct Ahead {
+  const char* const* row;
+  const char* const* end;
+  int64_t begin, size, at;
+  template <int kLines>
+  [[gnu::always_inline]] void ask() {
+    if (row == end) return;
+    const char* address = *row + begin + at;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(address + i * 64);
+    at += kLines * 64;
+    if (at >= size) {
+      at = 0;
+      ++row;
+    }
   }
-}
+};
 
 // logits[h * kTile + i] = query[h] . rows[i] for kRows rows and kHeads query heads.
 template <class Dot, int kHeads, int kRows>
 [[gnu::always_inline]] inline void dot_tile(const typename Dot::Row* const* rows, int64_t offset,
-                                            const typename Dot::Query* query, const Problem& problem,
+                                            const typename Dot::Query* query, int64_t dim, int64_t padded, Ahead& ahead,
                                             typename Dot::Acc* logits) {
   using Acc = typename Dot::Acc;
   constexpr int kElements = Dot::kElements;
-  const int64_t dim = problem.dim, padded = problem.padded_dim, whole = dim - dim % kElements;
+  constexpr int kLines = (kRows * kElements * sizeof(typename Dot::Row) + 63) / 64;
+  const int64_t whole = dim - dim % kElements;
   typename Dot::Sum sums[kHeads * kRows] = {};
-  for (int64_t d = 0; d < whole; d += kElements) {
+  const auto advance = [&](int64_t d) __attribute__((always_inline)) {
+    ahead.ask<kLines>();
     typename Dot::Elements elements[kRows];
     for (int i = 0; i < kRows; ++i) elements[i] = Dot::read(rows[i] + offset + d);
     for (int h = 0; h < kHeads; ++h) {
       const auto own = load<typename Dot::Elements>(query + h * padded + d);
       for (int i = 0; i < kRows; ++i) sums[h * kRows + i] = Dot::add(sums[h * kRows + i], elements[i], own);
     }
+  };
+  int64_t d = 0;
+  for (; d + 4 * kElements <= whole; d += 4 * kElements) {
+    for (int i = 0; i < 4; ++i) advance(d + i * kElements);
   }
+  for (; d < whole; d += kElements) advance(d);
   if (whole < dim) {
     for (int i = 0; i < kRows; ++i) {
       const auto elements = Dot::read_tail(rows[i] + offset + whole, dim - whole);
@@ -249,18 +313,35 @@ template <class Dot, int kHeads, int kRows>
   }
 }
 
+// The same for the first `count` rows of a tile.
+template <class Dot, int kHeads>
+[[gnu::noinline]] void dot_rows(const typename Dot::Row* const* rows, int64_t count, int64_t offset,
+                                const typename Dot::Query* query, int64_t dim, int64_t padded, Ahead& ahead,
+                                typename Dot::Acc* logits) {
+  constexpr int kRows = std::is_same_v<typename Dot::Acc, float> ? 16 / kHeads : 1;
+  Ahead own = ahead;
+  for (int64_t i = 0; i < count; i += kRows) {
+    dot_tile<Dot, kHeads, kRows>(rows + i, offset, query, dim, padded, own, logits + i);
+  }
+  ahead = own;
+}
+
 // ------------------------------------------------------------------------------------------------------- weighted sums
 
-// out[h][d .. d + kVectors * lanes) += sum over rows of weights[h][i] * rows[i][d ..]; tail > 0: elements of the last.
+// out[h] = out[h] * factors[h] + sum over rows of weights[h][i] * rows[i], of elements [d, d + kVectors * lanes);
+// tail > 0: only so many.
 template <class Row, class Acc, int kHeads, int kVectors>
-void weigh_columns(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights,
-                   const Problem& problem, int64_t d, int64_t tail, Acc* out) {
+void weigh_columns(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights, const Acc* factors,
+                   const Problem& problem, int64_t d, int64_t tail, Ahead& ahead, Acc* out) {
   constexpr int kLanes = kLanesOf<Acc>;
   Lanes<Acc> sums[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
-    for (int v = 0; v < kVectors; ++v) sums[h][v] = load<Lanes<Acc>>(out + h * problem.padded_dim + d + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      sums[h][v] = load<Lanes<Acc>>(out + h * problem.padded_dim + d + v * kLanes) * factors[h];
+    }
   }
   for (int64_t i = 0; i < count; ++i) {
+    ahead.ask<(kVectors * kLanes * sizeof(Row) + 63) / 64>();
     for (int v = 0; v < kVectors; ++v) {
       const Row* from = rows[i] + offset + d + v * kLanes;
       Lanes<Acc> elements = tail > 0 ? Loader<Row, Acc>::read_tail(from, tail) : Loader<Row, Acc>::read(from);
@@ -273,19 +354,85 @@ void weigh_columns(const Row* const* rows, int64_t count, int64_t offset, const 
 }
 
 template <class Row, class Acc, int kHeads>
-void weigh_rows(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights, const Problem& problem,
-                Acc* out) {
+void weigh_rows(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights, const Acc* factors,
+                const Problem& problem, Ahead& ahead, Acc* out) {
   constexpr int kLanes = kLanesOf<Acc>;
   constexpr int kVectors = 4;
   int64_t d = 0;
   for (; d + kVectors * kLanes <= problem.dim; d += kVectors * kLanes) {
-    weigh_columns<Row, Acc, kHeads, kVectors>(rows, count, offset, weights, problem, d, 0, out);
+    weigh_columns<Row, Acc, kHeads, kVectors>(rows, count, offset, weights, factors, problem, d, 0, ahead, out);
   }
   for (; d + kLanes <= problem.dim; d += kLanes) {
-    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, problem, d, 0, out);
+    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, factors, problem, d, 0, ahead, out);
   }
   if (d < problem.dim) {
-    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, problem, d, problem.dim - d, out);
+    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, factors, problem, d, problem.dim - d, ahead, out);
+  }
+}
+
+// The same by pairs of rows, of kVectors * kElements elements; units: what `prepare_weights` returned. Interleaving
+// leaves out[h] in an order that `in_order` undoes. The last of an odd number meets zeros: a row that is not attended
+// may hold NaN.
+template <class Dot, int kHeads, int kVectors>
+[[gnu::noinline]] void weigh_pairs(const typename Dot::Row* const* rows, int64_t count, int64_t offset,
+                 const typename Dot::Weight* weights, const float* units, const float* factors,
+                 const Problem& problem, int64_t d, int64_t tail, Ahead& ahead, float* out) {
+  using Elements = typename Dot::Elements;
+  typename Dot::Sum sums[kHeads][2 * kVectors] = {};
+  const auto read = [&](int64_t i, int v) {
+    const auto* from = rows[i] + offset + d + v * Dot::kElements;
+    return tail > 0 ? Dot::read_tail(from, tail) : Dot::read(from);
+  };
+  const auto add = [&](int64_t i, int v, Elements a, Elements b) {
+    const Elements low = Dot::low(a, b), high = Dot::high(a, b);
+    for (int h = 0; h < kHeads; ++h) {
+      const Elements pair = Dot::broadcast(weights + h * kTile + i);
+      sums[h][2 * v] = Dot::add(sums[h][2 * v], low, pair);
+      sums[h][2 * v + 1] = Dot::add(sums[h][2 * v + 1], high, pair);
+    }
+  };
+  Ahead own = ahead;
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) {
+    own.ask<(2 * kVectors * Dot::kElements * sizeof(typename Dot::Row) + 63) / 64>();
+    for (int v = 0; v < kVectors; ++v) add(i, v, read(i, v), read(i + 1, v));
+  }
+  if (i < count) {
+    for (int v = 0; v < kVectors; ++v) add(i, v, read(i, v), Elements{});
+  }
+  ahead = own;
+  for (int h = 0; h < kHeads; ++h) {
+    for (int v = 0; v < 2 * kVectors; ++v) {
+      float* at = out + h * problem.padded_dim + d + v * kLanesOf<float>;
+      save(at, load<Lanes<float>>(at) * factors[h] + Dot::finish(sums[h][v]) * units[h]);
+    }
+  }
+}
+
+template <class Dot, int kHeads>
+void weigh_by_pairs(const typename Dot::Row* const* rows, int64_t count, int64_t offset,
+                    const typename Dot::Weight* weights, const float* units, const float* factors,
+                    const Problem& problem, Ahead& ahead, float* out) {
+  constexpr int kElements = Dot::kElements;
+  int64_t d = 0;
+  for (; d + 2 * kElements <= problem.dim; d += 2 * kElements) {
+    weigh_pairs<Dot, kHeads, 2>(rows, count, offset, weights, units, factors, problem, d, 0, ahead, out);
+  }
+  for (; d + kElements <= problem.dim; d += kElements) {
+    weigh_pairs<Dot, kHeads, 1>(rows, count, offset, weights, units, factors, problem, d, 0, ahead, out);
+  }
+  if (d < problem.dim) {
+    weigh_pairs<Dot, kHeads, 1>(rows, count, offset, weights, units, factors, problem, d, problem.dim - d, ahead, out);
+  }
+}
+
+// Sums of interleaved rows to the order of the elements.
+inline void in_order(float* out, int64_t size) {
+  for (int64_t d = 0; d < size; d += 32) {
+    const auto low = load<Lanes<float>>(out + d), high = load<Lanes<float>>(out + d + 16);
+    save(out + d, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+    save(out + d + 16,
+         __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
   }
 }
 
@@ -312,49 +459,68 @@ void by_heads(int64_t ratio, const Step& step) {
   for (; first < ratio; ++first) step(first, std::integral_constant<int, 1>());
 }
 
-// Logits to weights for the query heads of one KV head of a tile; what was summed so far is scaled to a new maximum.
-// scales: [2 * heads, kTile], of K and then of V; values: the weights times the scales of V.
-template <class Acc>
-void weigh_tile(int64_t head, int64_t count, const Acc* scales, const Acc* query_scales, const Problem& problem,
-                const Partial<Acc>& partial, Acc* weights, Acc* values) {
+// Scratch of a tile.
+template <class Dot>
+struct Tile {
+  using Acc = typename Dot::Acc;
+  Acc* scales;                   // [2 * heads, kTile] of K, then of V
+  Acc* factors;                  // [head_size] what the sums so far are scaled by
+  Acc* units;                    // [head_size] what `prepare_weights` returned
+  typename Dot::Weight* values;  // [query heads, kTile] weights times the scales of V
+};
+
+// Logits to weights for the query heads of a tile. `weights` holds the logits before.
+template <class Dot>
+void weigh_tile(int64_t count, const typename Dot::Acc* query_scales, const Problem& problem,
+                const Partial<typename Dot::Acc>& partial, typename Dot::Acc* weights, const Tile<Dot>& tile) {
+  using Acc = typename Dot::Acc;
   constexpr int kLanes = kLanesOf<Acc>;
   constexpr int kVectors = kTile / kLanes;
-  const int64_t padded = problem.padded_dim;
-  const Acc* key_scales = scales + head * kTile;
-  const Acc* value_scales = scales + (problem.heads + head) * kTile;
-  for (int64_t h = head * problem.ratio; h < (head + 1) * problem.ratio; ++h) {
-    Acc* own = weights + h * kTile;
-    const Acc before = partial.largest[h];
-    Lanes<Acc> most = Lanes<Acc>{} + before;
-    for (int v = 0; v < kVectors; ++v) {
-      auto logits = load<Lanes<Acc>>(own + v * kLanes) * query_scales[h];
-      if (problem.scales != nullptr) logits *= load<Lanes<Acc>>(key_scales + v * kLanes);
-      save(own + v * kLanes, logits);
-      if (count < kTile) {
-        std::fill(own + count, own + kTile, -std::numeric_limits<Acc>::infinity());
-        logits = load<Lanes<Acc>>(own + v * kLanes);
+  const int64_t query_heads = problem.heads * problem.ratio;
+  const bool scaled = problem.scales != nullptr;
+  // The largest logits of all heads first, so that what follows needs no branch.
+  for (int64_t head = 0, h = 0; head < problem.heads; ++head) {
+    for (int64_t last = h + problem.ratio; h < last; ++h) {
+      Acc* own = weights + h * kTile;
+      Lanes<Acc> most = Lanes<Acc>{} - std::numeric_limits<Acc>::infinity();
+      for (int v = 0; v < kVectors; ++v) {
+        auto logits = load<Lanes<Acc>>(own + v * kLanes) * query_scales[h];
+        if (scaled) logits *= load<Lanes<Acc>>(tile.scales + head * kTile + v * kLanes);
+        save(own + v * kLanes, logits);
+        if (count < kTile) {
+          std::fill(own + count, own + kTile, -std::numeric_limits<Acc>::infinity());
+          logits = load<Lanes<Acc>>(own + v * kLanes);
+        }
+        most = logits > most ? logits : most;
       }
-      most = logits > most ? logits : most;
+      tile.factors[h] = max_lanes<Acc>(most);
     }
-    const Acc largest = max_lanes<Acc>(most);
-    if (largest > before) {
-      const Acc factor = exponential(before - largest);
-      partial.largest[h] = largest;
-      partial.total[h] *= factor;
-      for (int64_t d = 0; d < padded; d += kLanes) {
-        save(partial.out + h * padded + d, load<Lanes<Acc>>(partial.out + h * padded + d) * factor);
+  }
+  for (int64_t h = 0; h < query_heads; h += kLanes) {
+    const auto before = load<Lanes<Acc>>(partial.largest + h), most = load<Lanes<Acc>>(tile.factors + h);
+    const auto largest = most > before ? most : before;
+    const auto factor = most > before ? exponential(before - largest) : Lanes<Acc>{} + Acc(1);
+    save(partial.largest + h, largest);
+    save(tile.factors + h, factor);
+    save(partial.total + h, load<Lanes<Acc>>(partial.total + h) * factor);
+  }
+  for (int64_t head = 0, h = 0; head < problem.heads; ++head) {
+    for (int64_t last = h + problem.ratio; h < last; ++h) {
+      Acc* own = weights + h * kTile;
+      Lanes<Acc> total = {}, values[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        values[v] = exponential(load<Lanes<Acc>>(own + v * kLanes) - partial.largest[h]);
+        save(own + v * kLanes, values[v]);
+        total += values[v];
+        if (scaled) values[v] *= load<Lanes<Acc>>(tile.scales + (problem.heads + head) * kTile + v * kLanes);
+      }
+      partial.total[h] += sum_lanes<Acc>(total);
+      if constexpr (Dot::kPairs) {
+        tile.units[h] = Dot::prepare_weights(values[0], values[1], tile.values + h * kTile);
+      } else if (scaled) {
+        for (int v = 0; v < kVectors; ++v) save(tile.values + h * kTile + v * kLanes, values[v]);
       }
     }
-    Lanes<Acc> total = {};
-    for (int v = 0; v < kVectors; ++v) {
-      const Lanes<Acc> powers = exponential(load<Lanes<Acc>>(own + v * kLanes) - largest);
-      save(own + v * kLanes, powers);
-      total += powers;
-      if (problem.scales != nullptr) {
-        save(values + h * kTile + v * kLanes, powers * load<Lanes<Acc>>(value_scales + v * kLanes));
-      }
-    }
-    partial.total[h] += sum_lanes<Acc>(total);
   }
 }
 
@@ -368,11 +534,11 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
   const int64_t heads = problem.heads, dim = problem.dim, ratio = problem.ratio, padded = problem.padded_dim;
   const int64_t query_heads = heads * ratio, head_size = (query_heads + 15) / 16 * 16;
   std::fill(partial.out, partial.out + query_heads * padded, Acc(0));
-  std::fill(partial.largest, partial.largest + query_heads, -std::numeric_limits<Acc>::infinity());
-  std::fill(partial.total, partial.total + query_heads, Acc(0));
+  std::fill(partial.largest, partial.largest + head_size, -std::numeric_limits<Acc>::infinity());
+  std::fill(partial.total, partial.total + head_size, Acc(0));
 
   const Row* keys[(kMostTiles + 2) * kTile];  // the last is repeated: tiles are read whole, and one ahead
-  const float* scales[(kMostTiles + 1) * kTile];
+  const float* scales[(kMostTiles + 2) * kTile];
   int64_t count = 0, gathered = 0;
   for (int64_t i = begin; i < std::min(end + kTile, attended.count); ++i) {
     if (i == end) count = gathered;
@@ -386,47 +552,57 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
   if (end >= attended.count) count = gathered;
   if (count == 0) return;
   std::fill(keys + gathered, keys + count + 2 * kTile, keys[gathered - 1]);
+  if (problem.scales != nullptr) std::fill(scales + gathered, scales + count + 2 * kTile, scales[gathered - 1]);
 
-  Acc* local = aligned<Acc, 1>(2 * (query_heads + heads) * kTile);
-  Acc* tile_scales = local + 2 * query_heads * kTile;
-  const int64_t step = ratio % 4 == 0 ? 4 : ratio % 2 == 0 ? 8 : 16;  // rows that advance together
+  Acc* local = aligned<Acc, 1>(2 * (query_heads + heads) * kTile + 2 * head_size);
+  Acc* more = local + query_heads * kTile;
+  Tile<Dot> tile_scratch{more, more + 2 * heads * kTile, more + 2 * heads * kTile + head_size,
+                         reinterpret_cast<typename Dot::Weight*>(more + 2 * heads * kTile + 2 * head_size)};
+  std::fill(tile_scratch.factors, tile_scratch.factors + head_size, -std::numeric_limits<Acc>::infinity());
+  const int64_t half = heads * dim * int64_t(sizeof(Row));  // bytes of all keys, or all values, of a slot
   for (int64_t first_row = 0; first_row < count; first_row += kTile) {
     const Row* const* rows = keys + first_row;
     const int64_t tile = first_row / kTile, tile_rows = std::min(kTile, count - first_row);
     Acc* weights = partial.weights == nullptr ? local : partial.weights + tile * query_heads * kTile;
-    Acc* values = problem.scales == nullptr ? weights : local + query_heads * kTile;
+    if constexpr (!Dot::kPairs) {
+      if (problem.scales == nullptr) tile_scratch.values = weights;
+    }
     for (int64_t i = 0; problem.scales != nullptr && i < kTile; ++i) {
       const float* row = scales[first_row + std::min(i, tile_rows - 1)];
-      for (int64_t j = 0; j < 2 * heads; ++j) tile_scales[j * kTile + i] = row[j];
+      for (int64_t j = 0; j < 2 * heads; j += 16) __builtin_prefetch(scales[first_row + kTile + i] + j);
+      for (int64_t j = 0; j < 2 * heads; ++j) tile_scratch.scales[j * kTile + i] = row[j];
     }
-    for (int64_t i = 0; i < tile_rows; i += step) {
-      for (int64_t head = 0; head < heads; ++head) {
-        ask_for<Row>(rows + kTile + i, step, head * dim, dim);
-        by_heads<Acc>(ratio, [&](int64_t first, auto size) {
-          constexpr int kHeads = decltype(size)::value;
-          constexpr int kRows = std::is_same_v<Acc, float> ? 16 / kHeads : 1;
-          const int64_t h = head * ratio + first;
-          for (int64_t j = i; j < std::min(i + step, tile_rows); j += kRows) {
-            dot_tile<Dot, kHeads, kRows>(rows + j, head * dim, query + h * padded, problem, weights + h * kTile + j);
-          }
-        });
-      }
-    }
+    const auto* next = reinterpret_cast<const char* const*>(rows + kTile);
+    Ahead keys_ahead{next, next + kTile, 0, half, 0}, values_ahead{next, next + kTile, half, half, 0};
     for (int64_t head = 0; head < heads; ++head) {
-      weigh_tile<Acc>(head, tile_rows, tile_scales, query_scales, problem, partial, weights, values);
+      by_heads<Acc>(ratio, [&](int64_t first, auto size) {
+        const int64_t h = head * ratio + first;
+        dot_rows<Dot, decltype(size)::value>(rows, tile_rows, head * dim, query + h * padded, dim, padded, keys_ahead,
+                                             weights + h * kTile);
+      });
     }
+    weigh_tile<Dot>(tile_rows, query_scales, problem, partial, weights, tile_scratch);
     if (partial.weights != nullptr) {
       std::copy(partial.largest, partial.largest + query_heads, partial.so_far + tile * head_size);
     }
     for (int64_t head = 0; head < heads; ++head) {
-      ask_for<Row>(rows + kTile, kTile, (heads + head) * dim, dim);
       by_heads<Acc>(ratio, [&](int64_t first, auto size) {
         const int64_t h = head * ratio + first;
-        weigh_rows<Row, Acc, decltype(size)::value>(rows, tile_rows, (heads + head) * dim, values + h * kTile, problem,
-                                                    partial.out + h * padded);
+        constexpr int kHeads = decltype(size)::value;
+        const int64_t offset = (heads + head) * dim;
+        const auto* values = tile_scratch.values + h * kTile;
+        const Acc* factors = tile_scratch.factors + h;
+        Acc* out = partial.out + h * padded;
+        if constexpr (Dot::kPairs) {
+          const Acc* units = tile_scratch.units + h;
+          weigh_by_pairs<Dot, kHeads>(rows, tile_rows, offset, values, units, factors, problem, values_ahead, out);
+        } else {
+          weigh_rows<Row, Acc, kHeads>(rows, tile_rows, offset, values, factors, problem, values_ahead, out);
+        }
       });
     }
   }
+  if constexpr (Dot::kPairs) in_order(partial.out, query_heads * padded);
 }
 
 // ---------------------------------------------------------------------------------------------------------- the kernel
@@ -442,19 +618,23 @@ template <class Acc>
 struct Kernel {
   int64_t elements, query_bytes;  // at a time, and of one prepared element
   Acc (*prepare)(const Acc*, int64_t, int64_t, void*);
-  void (*block)(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&);
+  void (*few)(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&);
+  void (*many)(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&);
 };
 
-template <class Dot>
-Kernel<typename Dot::Acc> kernel_of() {
-  return {Dot::kElements, sizeof(typename Dot::Query), Dot::prepare, attend_block<Dot>};
+// For sequences of fewer than kManyRows rows, and for the others.
+template <class Few, class Many = Few>
+Kernel<typename Few::Acc> kernel_of() {
+  return {Few::kElements, sizeof(typename Few::Query), Few::prepare, attend_block<Few>, attend_block<Many>};
 }
 
 template <class Acc>
 Kernel<Acc> kernel_for(Type rows, Type query) {
   if constexpr (std::is_same_v<Acc, float>) {
 #ifdef __AVX512BF16__
-    if (rows == Type::kBFloat16 && query == Type::kBFloat16) return kernel_of<BFloat16Dot>();
+    if (rows == Type::kBFloat16 && query == Type::kBFloat16) {
+      return kernel_of<BFloat16Dot, BFloat16PairDot>();
+    }
 #endif
 #ifdef __AVX512VNNI__
     if (rows == Type::kInt8 && (query == Type::kBFloat16 || query == Type::kHalf)) return kernel_of<Int8Dot>();
@@ -580,9 +760,9 @@ void attend(const AttentionCall& call) {
     const Attended own = attended(pair);
     const int64_t rows = block_rows(own.count), begin = block * rows;
     if (begin >= own.count && block > 0) return;
-    kernel.block(own, begin, std::min(begin + rows, own.count),
-                 queries + pair * query_heads * padded * kernel.query_bytes, query_scales + pair * query_heads, problem,
-                 partial_of(pair, block));
+    (own.count < kManyRows ? kernel.few : kernel.many)(
+        own, begin, std::min(begin + rows, own.count), queries + pair * query_heads * padded * kernel.query_bytes,
+        query_scales + pair * query_heads, problem, partial_of(pair, block));
   });
 
   // Combine the blocks of each pair in order.
