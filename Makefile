@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+JOBS ?= auto
 
 # Nothing here needs the network once installed; one compile cache makes a second run of the tests quick.
 export HF_HUB_OFFLINE ?= 1
@@ -28,7 +29,7 @@ demo: $(STAMP) ## generate text at 80 % sparsity with the embedded model
 	$(BIN)/alisa demo
 
 test: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/pytest --timeout=600 $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --timeout=600 $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## every test; writes tests/hf/SUPPORT.md
 	$(BIN)/python -m pytest --timeout=1800 -m "" -p tests.hf.support_table --support-table tests/hf/SUPPORT.md $(PYTEST_ARGS)

@@ -115,12 +115,16 @@ def _(stock: Any, candidate: Any) -> None:
 @mode("rows that finish at different times")
 def _(stock: Any, candidate: Any) -> None:
     ids, mask = _prompt(2)
-    plain = generate(stock, ids, mask)
-    # A token that one row produces before the other: that row is padded from there on.
-    firsts = [(plain[0, 13:] == token).nonzero().flatten().tolist() for token in plain[1, 13:]]
-    place = next(i for i, found in enumerate(firsts) if not found or found[0] > i)
-    out = same(stock, candidate, ids, mask, eos_token_id=int(plain[1, 13 + place]))
-    assert out.shape[1] == plain.shape[1] and bool((out[1, 14 + place :] == 0).all())
+    plain = generate(stock, ids, mask)[:, 13:].tolist()
+
+    def first(row: int, token: int) -> int:
+        return plain[row].index(token) if token in plain[row] else NEW
+
+    # A token that the second row produces before the first does: that row is padded from there on.
+    end = next(token for token in plain[1] if first(1, token) < first(0, token))
+    out = same(stock, candidate, ids, mask, eos_token_id=end)[:, 13:]
+    assert out.shape[1] == min(first(0, end) + 1, NEW)
+    assert out[1, first(1, end)] == end and bool((out[1, first(1, end) + 1 :] == 0).all())
 
 
 @mode("prefill in chunks")

@@ -304,7 +304,9 @@ def test_ratio_interval() -> None:
     half = 1.96 * difference.std() / math.sqrt(60)
     assert low == pytest.approx(math.exp(difference.mean() - half), abs=0.002)
     assert high == pytest.approx(math.exp(difference.mean() + half), abs=0.002)
-    assert ratio_interval([1.0, 2.0], [1.0, 2.0]) == (1, 1, 1)
+    assert ratio_interval([1.0, 2.0] * 4, [1.0, 2.0] * 4) == (1, 1, 1)
+    ratio, low, high = ratio_interval([2.1] * 7, [2.0] * 7)
+    assert ratio == pytest.approx(math.exp(0.1)) and math.isnan(low) and math.isnan(high)
     same = ratio_interval(list(dense + 0.1), list(dense))
     assert same == pytest.approx((math.exp(0.1),) * 3)
 

@@ -76,8 +76,10 @@ def _sparse(
     causal = block[:, None] >= block  # [T, T]
     within = causal.expand(batch_size, 1, -1, -1)
     if valid is not None:
-        own = valid[:, None, None, start:]
-        within = (within & own) | torch.eye(new_tokens, dtype=torch.bool, device=query.device)
+        # A query row with nothing to attend to attends to itself.
+        alone = (valid[:, None, start:].long().cumsum(-1) == 0) & ~kept.any(-1, keepdim=True)
+        itself = torch.eye(new_tokens, dtype=torch.bool, device=query.device) & alone.unsqueeze(-1)
+        within = (within & valid[:, None, None, start:]) | itself
     attends = torch.cat(
         (kept[:, :, None].expand(-1, -1, new_tokens, -1), within.expand(-1, groups, -1, -1)), dim=-1
     )  # [B, G, T, W + T]

@@ -22,9 +22,9 @@ def prefill_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention without history.
 
-    query: `[B, Hq, S, D]`, key, value: `[B, Hkv, S, D]`, padding_mask: `[B, S]` nonzero = real token, or None. A padded
-    query row attends to itself alone, so nothing is ever NaN. groups: head groups with one index set each. spec: an
-    encoded `SelectionSpec`, or "" for no mass.
+    query: `[B, Hq, S, D]`, key, value: `[B, Hkv, S, D]`, padding_mask: `[B, S]` nonzero = real token, or None. A query
+    row before which there is no real token attends to itself alone, so nothing is ever NaN. groups: head groups with
+    one index set each. spec: an encoded `SelectionSpec`, or "" for no mass.
 
     Returns the output `[B, Hq, S, D]` and the mass `[B, groups, R, S]`, R = `spec.seed_rows(S)`: the attention rows of
     each sequence's last R valid tokens, oldest first, summed over the group's query heads. A sequence with fewer
@@ -56,19 +56,22 @@ def blockwise_attention(
 ) -> torch.Tensor:
     """Causal attention over blocks of query rows: query row i stands at position `query_start + i`.
 
-    valid: `[B, Skv]` bool or None. Returns `[B, Hq, S, D]`.
+    valid: `[B, Skv]` bool or None. A query row before which there is no valid key attends to itself alone. Returns
+    `[B, Hq, S, D]`.
     """
     batch_size, query_heads, query_length, _ = query.shape
     kv_length = key.shape[2]
     columns = torch.arange(kv_length, device=query.device)
     block = max(1, min(_BLOCK_ROWS, _MASK_ELEMENTS // (batch_size * kv_length)))
     out = query.new_empty(query.shape)
+    alone = None if valid is None else valid.long().cumsum(-1) == 0  # padding with no real token before it
     for start in range(0, query_length, block):
         end = query_start + min(start + block, query_length)
         positions = torch.arange(query_start + start, end, device=query.device)
         mask = (columns[:end] <= positions[:, None])[None, None]
-        if valid is not None:
-            mask = (mask & valid[:, None, None, :end]) | (columns[:end] == positions[:, None])
+        if valid is not None and alone is not None:
+            itself = (columns[:end] == positions[:, None]) & alone[:, None, positions, None]
+            mask = (mask & valid[:, None, None, :end]) | itself
         out[:, :, start : start + block] = F.scaled_dot_product_attention(
             query[:, :, start : start + block],
             key[:, :, :end],
