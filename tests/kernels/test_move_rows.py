@@ -70,3 +70,16 @@ def test_opcheck() -> None:
     pool, slots = torch.rand(10, 2, 1, 4), torch.tensor([3, 1])
     torch.library.opcheck(ops.gather_rows.default, (pool, slots))
     torch.library.opcheck(ops.scatter_rows.default, (pool, slots, torch.rand(2, 2, 1, 4)))
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_strided_slots(index: torch.dtype) -> None:
+    """A column of a residency table, as a store with one token hands it over when it grows."""
+    pool = torch.arange(40.0).view(20, 2)
+    slots = torch.arange(20, dtype=index).view(4, 5)[:, 1]
+    assert not slots.is_contiguous()
+    packed = ops.gather_rows(pool, slots)
+    assert torch.equal(packed, pool[slots.long()])
+    target = torch.zeros(20, 2)
+    ops.scatter_rows(target, slots, packed)
+    assert torch.equal(target[slots.long()], packed) and int((target != 0).any(1).sum()) == 4

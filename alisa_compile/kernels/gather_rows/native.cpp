@@ -5,6 +5,7 @@
 namespace {
 
 int64_t slot_at(const Tensor& slots, int64_t i) {
+  i *= slots.stride[0];  // a column of a residency table is strided
   return slots.type == Type::kInt32 ? slots.data<int32_t>()[i] : slots.data<int64_t>()[i];
 }
 
@@ -38,7 +39,7 @@ int64_t row_bytes_of(const Tensor& rows) {
 }
 
 void check_slots(const Tensor& slots) {
-  slots.contiguous(1);
+  require(slots.dim == 1, "alisa: slots have one dimension");
   require(slots.type == Type::kInt32 || slots.type == Type::kInt64, "alisa: slots are int32 or int64");
 }
 
