@@ -22,6 +22,7 @@ from .errors import AlisaError
 from .passes import rewrite_static_buffers
 from .passes.base import example, is_op
 from .passes.pipeline import PIPELINE, run_pipeline
+from .passes.rewrite_attention import site_of
 from .passes.rewrite_static_buffers import BufferSite
 from .passes.uuid import FingerprintPass
 from .runtime.buffers import forget_scores, new_scores, scores_of
@@ -249,5 +250,5 @@ def _stage(gm: fx.GraphModule) -> str:
         if node.op == "call_function" and node.target in by_op:
             return by_op[node.target]
         if is_op(node, torch.ops.alisa.kv_read.default):
-            return str(node.args[12])
+            return site_of(node).stage
     return "other"

@@ -19,6 +19,7 @@ from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 __all__ = [
     "BUILTIN_PAD",
+    "PREFILL",
     "CustomGraphPass",
     "OptimizedModule",
     "apply_graph_pass",
@@ -45,6 +46,7 @@ __all__ = [
 T = TypeVar("T")
 
 GRAD_MODE_SWITCH = torch._C._set_grad_enabled  # what Dynamo records for torch.no_grad() inside a model
+PREFILL = "_prefill"  # method of GenerationMixin that feeds the prompt, chunk by chunk if asked
 BUILTIN_PAD = torch._C._nn.pad  # what Dynamo records for `F.pad`
 
 

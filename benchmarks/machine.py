@@ -9,22 +9,15 @@ from pathlib import Path
 import torch
 import transformers
 
+from alisa_compile.runtime.profile import processor_name
+
 
 def machine_line() -> str:
     """Processor, threads, versions and commit."""
     return (
-        f"{_processor()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
+        f"{processor_name()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, commit {_commit()}"
     )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

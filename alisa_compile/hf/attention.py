@@ -81,36 +81,16 @@ def attend(
         width = padding_mask.shape[1]
         store.valid[:, :width] = padding_mask[:, :total] != 0
     valid = store.valid if padding_mask is not None or store.host_length else None
+    stored = (
+        query, store.pool, store.scales, store.table, store.length, valid, store.rows, store.counts, index,
+    )  # fmt: skip
     if new_tokens == 1:
         store.note_sparse_layers(int(bool(store.spec)))
-        out, mass = ops.swa_attention(
-            query,
-            store.pool,
-            store.scales,
-            store.table,
-            store.length,
-            valid,
-            store.rows,
-            store.counts,
-            index,
-            scale,
-        )
+        out, mass = ops.swa_attention(*stored, scale)
     elif total == new_tokens:
         out, mass = ops.prefill_attention(query, key, value, padding_mask, store.groups, store.spec, scale)
     else:
-        out, mass = ops.extend_attention(
-            query,
-            store.pool,
-            store.scales,
-            store.table,
-            store.length,
-            valid,
-            store.rows,
-            store.counts,
-            index,
-            store.spec,
-            scale,
-        )
+        out, mass = ops.extend_attention(*stored, store.spec, scale)
     if store.spec:
         state = (store.scores, store.rows, store.counts, mass, store.length, store.origin, valid)
         if new_tokens == 1:

@@ -36,7 +36,6 @@ from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_un
 
 logger = logging.getLogger(__name__)
 
-PREFILL = "_prefill"  # of GenerationMixin; checked on transformers 5.23.0
 _FUSED = ("sdpa", "alisa")  # attention implementations whose graph holds scaled_dot_product_attention
 
 
@@ -223,7 +222,7 @@ def _routed(model: Any, ropes: list[_Route]) -> Iterator[None]:
                 ("_compiled_call_impl", _forward_route(model, model._compiled_call_impl)),
                 ("_prepare_cache_for_generation", _cache_route(model)),
                 ("prepare_inputs_for_generation", _inputs_route(model)),
-                (PREFILL, _prefill_route(model)),
+                (compat.PREFILL, _prefill_route(model)),
             ):
                 _replace(installation.undo, model, name, route)
             for route in ropes:
@@ -280,14 +279,16 @@ def _forward_route(model: Any, previous: Callable[..., Any] | None) -> Callable[
         # A logits processor may run the original model with a cache of its own: that stays eager.
         if call is None or (call.cache is not None and kwargs.get("past_key_values") is not call.cache):
             return plain(*args, **kwargs)
-        if call.cache is not None and call.in_chunks:
+        if call.cache is None:
+            return _compiled_forward(call, plain, args, kwargs)
+        if call.in_chunks:
             # A chunk is a part of one dense block, however few tokens it has.
             for store in call.cache.stores:
                 store.attend_to_all()
-        if call.cache is not None and not _may_be_compiled(call, call.cache, kwargs):
+        if not _may_be_compiled(call, call.cache, kwargs):
             return plain(*args, **kwargs)
         out = _compiled_forward(call, plain, args, kwargs)
-        if call.cache is not None and call.session.refused is None:
+        if call.session.refused is None:
             _learn(call, call.cache)
         return out
 
@@ -355,7 +356,7 @@ def _why_refused(rows: tuple[SkipRow, ...]) -> str:
 
 
 def _prefill_route(model: Any) -> _Route:
-    original = getattr(model, PREFILL)
+    original = getattr(model, compat.PREFILL)
 
     def prefill(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         call = _active(model)
@@ -367,7 +368,7 @@ def _prefill_route(model: Any) -> _Route:
         finally:
             call.in_chunks = False
 
-    return _Route(model, PREFILL, prefill)
+    return _Route(model, compat.PREFILL, prefill)
 
 
 def _cache_route(model: Any) -> _Route:

@@ -217,18 +217,15 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
     def call(op: Any, *args: Any) -> fx.Node:
         return insert_call(graph, op, args, node)
 
+    stored = (
+        query, site.pool, site.scales, site.table, site.length, valid, site.rows, site.counts, site.layer,
+    )  # fmt: skip
     if site.stage == "decode":
-        both = call(
-            ops.swa_attention.default, query, site.pool, site.scales, site.table, site.length, valid, site.rows,
-            site.counts, site.layer, scale,
-        )  # fmt: skip
+        both = call(ops.swa_attention.default, *stored, scale)
     elif site.stage == "prefill":
         both = call(ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale)
     else:
-        both = call(
-            ops.extend_attention.default, query, site.pool, site.scales, site.table, site.length, valid, site.rows,
-            site.counts, site.layer, site.spec, scale,
-        )  # fmt: skip
+        both = call(ops.extend_attention.default, *stored, site.spec, scale)
     out = call(_getitem, both, 0)
     if site.spec:
         mass = call(_getitem, both, 1)

@@ -7,14 +7,7 @@ import torch
 from ..config import AlisaConfig
 from ..kernels.swa_attention.reference import score_dtype
 from .policies import head_groups, selection_spec
-from .store import StoreShape
-from .tiers import RowForm, RowShape
-
-
-def row_shape(shape: StoreShape, config: AlisaConfig) -> RowShape:
-    """What one slot of the store holds."""
-    form = RowForm.KV_INT8 if config.kv_dtype == "int8" else RowForm.KV
-    return RowShape(shape.kv_heads // head_groups(config, shape.kv_heads), shape.head_dim, shape.dtype, form)
+from .store import StoreShape, row_shape
 
 
 def position_bytes(shape: StoreShape, config: AlisaConfig) -> int:

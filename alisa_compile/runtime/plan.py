@@ -15,11 +15,11 @@ from ..config import AlisaConfig
 from ..errors import ConfigError, InfeasibleError
 from ..kernels.selection import SelectionSpec
 from .budgets import Budgets, format_bytes
-from .footprint import fixed_bytes, position_bytes, row_shape
+from .footprint import fixed_bytes, position_bytes
 from .planner import Below, Ints, Links, Problem, Timeline, search, timeline
 from .policies import selection_spec
 from .profile import Floats, MachineProfile, Table
-from .store import StoreShape
+from .store import StoreShape, row_shape
 
 OBJECTIVES = ("overlapped", "paper")
 TIERS = ("device", "host", "disk")

@@ -166,11 +166,16 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         unit = torch.cuda.get_device_name(device)
     else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        unit = names[0] if names else platform.processor() or platform.machine()
+        unit = processor_name()
     return f"{unit}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def processor_name() -> str:
+    """The CPU's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def obtain(device: torch.device, dtype: torch.dtype) -> MachineProfile:

@@ -35,6 +35,12 @@ class StoreShape:
         return (self.batch_size, self.dtype, self.device) == (batch_size, dtype, device)
 
 
+def row_shape(shape: StoreShape, config: AlisaConfig) -> RowShape:
+    """What one slot of a store holds."""
+    form = RowForm.KV_INT8 if config.kv_dtype == "int8" else RowForm.KV
+    return RowShape(shape.kv_heads // head_groups(config, shape.kv_heads), shape.head_dim, shape.dtype, form)
+
+
 class TokenStore:
     """Storage of one K/V shape; a layer is an integer argument of every op.
 
@@ -49,12 +55,11 @@ class TokenStore:
         self.shape = shape
         self.config = config
         self.groups = head_groups(config, shape.kv_heads)
-        form = RowForm.KV_INT8 if config.kv_dtype == "int8" else RowForm.KV
-        self.row = RowShape(shape.kv_heads // self.groups, shape.head_dim, shape.dtype, form)
+        self.row = row_shape(shape, config)
         self.selection = selection_spec(config)
         # Read while tracing: strings and flags become constants and guards of the graph.
         self.spec = self.selection.encode() if self.selection else ""
-        self.is_int8 = form is RowForm.KV_INT8
+        self.is_int8 = self.row.form is RowForm.KV_INT8
         self.padded = True
         self.has_history = False
         self.host_length = self.host_origin = 0
@@ -141,20 +146,32 @@ class TokenStore:
 
     def copy(self) -> TokenStore:
         """An independent store with the same contents."""
-        other = TokenStore(self.shape, self.config, self.capacity)
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            theirs.copy_(mine)
-        other.padded, other.has_history = self.padded, self.has_history
-        other.host_length, other.host_origin = self.host_length, self.host_origin
+        return self._copy_of(list(range(self.shape.batch_size)))
+
+    def _copy_of(self, index: list[int]) -> TokenStore:
+        """A store whose sequence b is a copy of this one's sequence `index[b]`."""
+        other = TokenStore(dataclasses.replace(self.shape, batch_size=len(index)), self.config, self.capacity)
+        _move_rows(self.device_pool, self.table[:, index], other.device_pool, other.table, self.host_length)
+        other.length.copy_(self.length)
+        other.valid.copy_(self.valid[index])
+        for mine, theirs in zip(self._selection_state(), other._selection_state(), strict=True):
+            theirs.copy_(mine[:, index])
+        other.host_length, other.has_history, other.padded = self.host_length, self.has_history, self.padded
+        other._length_before = self._length_before
+        other._set_origin(self.host_origin)
         return other
+
+    def _selection_state(self) -> list[torch.Tensor]:
+        """The tensors that hold scores and working sets, `[L, B, ...]`; none without selection."""
+        return [tensor for tensor in (self.scores, self.rows, self.counts) if tensor is not None]
 
     def reset(self) -> None:
         """Forget all tokens; storage and compiled graphs stay."""
         self.length.zero_()
         self.valid.fill_(True)
-        if self.scores is not None and self.counts is not None:
+        if self.scores is not None:
             self.scores.zero_()
-            self.counts.fill_(-1)
+        self.attend_to_all()
         self.has_history = False
         self.host_length = 0
         self._set_origin(0)
@@ -209,49 +226,31 @@ class TokenStore:
         those that are kept more than once are copied.
         """
         if len(index) != self.shape.batch_size:
-            self._resize_batch(index)
+            statistics = self.statistics
+            vars(self).update(vars(self._copy_of(index)))
+            self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
+            self.statistics = statistics
+            self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
             return
         if index == list(range(len(index))):
             return
         unused = iter(sorted(set(range(len(index))) - set(index)))
         owner: dict[int, int] = {}
-        duplicates = []
-        moved = []
+        originals, duplicates, moved = [], [], []
         for target, source in enumerate(index):
             if source in owner:
-                duplicates.append((target, owner[source]))
+                originals.append(owner[source])
+                duplicates.append(target)
                 moved.append(next(unused))
             else:
                 owner[source] = target
                 moved.append(source)
         self.table.copy_(self.table[:, moved])
-        self._copy_rows(self, duplicates)
-        for tensor in (self.scores, self.rows, self.counts):
-            if tensor is not None:
-                tensor.copy_(tensor[:, index])
+        pool, used = self.device_pool, self.host_length
+        _move_rows(pool, self.table[:, originals], pool, self.table[:, duplicates], used)
+        for tensor in self._selection_state():
+            tensor.copy_(tensor[:, index])
         self.valid.copy_(self.valid[index])
-
-    def _copy_rows(self, source: TokenStore, pairs: list[tuple[int, int]]) -> None:
-        """Copy the rows of sequence `b` of `source` to sequence `a` of this store, for each (a, b)."""
-        for mine, other in pairs:
-            here, there = self.table[:, mine], source.table[:, other]
-            _move_rows(source.device_pool, there, self.device_pool, here, source.host_length)
-
-    def _resize_batch(self, index: list[int]) -> None:
-        """`select_sequences` where the number of sequences changes: new storage."""
-        new = TokenStore(dataclasses.replace(self.shape, batch_size=len(index)), self.config, self.capacity)
-        new._copy_rows(self, list(enumerate(index)))
-        new.length.copy_(self.length)
-        new.valid.copy_(self.valid[index])
-        for mine, theirs in ((new.scores, self.scores), (new.rows, self.rows), (new.counts, self.counts)):
-            if mine is not None and theirs is not None:
-                mine.copy_(theirs[:, index])
-        new.host_length, new.has_history, new.padded = self.host_length, self.has_history, self.padded
-        new.statistics = self.statistics
-        new._set_origin(self.host_origin)
-        vars(self).update(vars(new))
-        self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
-        self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, by doubling; contents are kept. Not inside a compiled step."""
@@ -337,8 +336,7 @@ class TokenStore:
         """
         self.length.fill_(self.host_length)
         self.valid[:, self.host_length :] = True
-        if self.counts is not None:
-            self.counts.fill_(-1)
+        self.attend_to_all()
         self._in_step = False
 
     def attend_to_all(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
 import textwrap
 from pathlib import Path
@@ -14,17 +13,17 @@ import transformers
 from .. import __version__
 from ..config import AlisaConfig
 from ..errors import AlisaError
+from ..runtime.profile import processor_name
 from .accuracy import Row, plot, recall_by_place, summary
 from .loading import Loaded, load
 from .measure import Bench, Line, SampleProgress
 from .options import given_options, read_options
-from .progress import Progress
+from .plotting import can_plot, check_plot
 from .recall import Plan
 from .results import Results
 
 #: What everything is compared with.
 _REFERENCE = AlisaConfig(policy="dense", sparsity=0.0)
-_PLOT_KINDS = (".png", ".svg", ".pdf")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     results = Results(arguments.out, _machine(), arguments.command_line)
     progress = SampleProgress(quiet=arguments.quiet)
     with progress:
-        can_plot = arguments.plot is not None and _can_plot(progress)
+        drawn = can_plot(arguments.plot, progress)
         progress.stage(f"loading {arguments.model}")
         loaded = load(arguments.model, arguments.dtype, arguments.device)
         bench = Bench(arguments, plan, loaded, text, results)
@@ -50,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
             rows = bench.rows(lines)
             if rows:
                 _show(rows, arguments, bench)
-                if can_plot:
+                if drawn:
                     plot(rows, rows[0], _title(arguments, loaded), arguments.plot)
 
 
@@ -98,10 +97,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for depth in arguments.recall_depths:
         if not 0 <= depth <= 1:
             raise AlisaError("a recall depth is out of range", got=depth, expected="0 (told first) to 1 (told last)")
-    if arguments.plot is not None and not arguments.plot.parent.is_dir():
-        raise AlisaError("there is no such folder for --plot", got=arguments.plot.parent)
-    if arguments.plot is not None and arguments.plot.suffix.lower() not in _PLOT_KINDS:
-        raise AlisaError("no plot can be drawn into this file", got=arguments.plot, expected=", ".join(_PLOT_KINDS))
+    check_plot(arguments.plot)
 
 
 def _read(path: Path) -> str:
@@ -112,19 +108,9 @@ def _read(path: Path) -> str:
         raise AlisaError(f"cannot read the text: {reason}", got=path) from error
 
 
-def _can_plot(progress: Progress) -> bool:
-    if importlib.util.find_spec("matplotlib") is not None:
-        return True
-    progress.line("no plot will be drawn: matplotlib is missing (pip install 'alisa-compile[plot]')")
-    return False
-
-
 def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return (
-        f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s), "
+        f"{processor_name()}, {torch.get_num_threads()} thread(s), "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"alisa {__version__}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -17,9 +16,9 @@ from ..errors import AlisaError
 from ..runtime.plan import TIERS, Plan
 from ..runtime.profile import MachineProfile
 from .options import given_options
+from .plotting import can_plot, check_plot
 from .progress import Progress
 
-_PLOT_KINDS = (".png", ".svg", ".pdf")
 _COLORS = {"device": "tab:blue", "host": "tab:orange", "disk": "tab:gray"}
 _SHADES = {"I": "white", "II": "whitesmoke", "III": "mistyrose"}
 
@@ -27,10 +26,10 @@ _SHADES = {"I": "white", "II": "whitesmoke", "III": "mistyrose"}
 def run(arguments: argparse.Namespace) -> None:
     """Options and files are checked before the machine is measured."""
     options = given_options(arguments, to_plan=True)
-    _check_plot(arguments.plot)
+    check_plot(arguments.plot)
     profile = None if arguments.profile is None else MachineProfile.load(arguments.profile)
     with Progress(quiet=arguments.quiet) as progress:
-        can_plot = arguments.plot is not None and _can_plot(progress)
+        drawn = can_plot(arguments.plot, progress)
         progress.stage(f"reading the config of {arguments.model}")
         config = _config(arguments.model)
         progress.stage("planning" if profile else "planning (the first time, this machine's speed is measured)")
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(plan.to_dict()))
     else:
         _print(plan)
-    if can_plot:
+    if drawn:
         _plot(plan, f"{Path(arguments.model).name}: {_setting(plan)}", arguments.plot)
 
 
@@ -69,22 +68,6 @@ def _config(name: str) -> Any:
             expected="a folder, config.json or Hub name of a model that transformers knows",
             fix="--debug shows the whole error",
         ) from error
-
-
-def _check_plot(path: Path | None) -> None:
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise AlisaError("there is no such folder for --plot", got=path.parent)
-    if path.suffix.lower() not in _PLOT_KINDS:
-        raise AlisaError("no plot can be drawn into this file", got=path, expected=", ".join(_PLOT_KINDS))
-
-
-def _can_plot(progress: Progress) -> bool:
-    if importlib.util.find_spec("matplotlib") is not None:
-        return True
-    progress.line("no plot will be drawn: matplotlib is missing (pip install 'alisa-compile[plot]')")
-    return False
 
 
 def _setting(plan: Plan) -> str:

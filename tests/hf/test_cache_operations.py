@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from alisa_compile import AlisaCache, CacheError
 from alisa_compile.hf import attention as alisa_attention
+from tests.hf.modes import generate
 from tests.kernels.harness import Driver, Heads, random_block, stored_rows
 from tests.support import compiled, left_padded, tiny_model
 
@@ -249,12 +250,12 @@ def test_extra_left_padding_changes_nothing(options: dict[str, Any]) -> None:
     stock = tiny_model("llama", layers=2, seed=3)
     model = compiled(stock, inner="eager", **options)
     ids, mask = left_padded(3, 30)
-    together = _greedy(model, ids, mask, 40)
+    together = generate(model, ids, mask, max_new_tokens=40)
     for row in range(3):
         own = ids[row : row + 1, mask[row] == 1]
-        assert torch.equal(_greedy(model, own, torch.ones_like(own), 40)[0, own.shape[1] :], together[row, 30:])
+        assert torch.equal(generate(model, own, max_new_tokens=40)[0, own.shape[1] :], together[row, 30:])
         pad = torch.zeros((1, 11), dtype=torch.int64)
-        more = _greedy(model, torch.cat([pad, own], 1), torch.cat([pad, torch.ones_like(own)], 1), 40)
+        more = generate(model, torch.cat([pad, own], 1), torch.cat([pad, torch.ones_like(own)], 1), max_new_tokens=40)
         assert torch.equal(more[0, 11 + own.shape[1] :], together[row, 30:])
 
 
@@ -264,17 +265,10 @@ def test_int8_needs_less_memory_than_dynamic_cache() -> None:
     ids, mask = left_padded(2, 400)
     ours, theirs = AlisaCache(stock.config, sparsity=0.0, kv_dtype="int8"), DynamicCache(config=stock.config)
     for cache, model in ((ours, compiled(stock, inner="eager", sparsity=0.0, kv_dtype="int8")), (theirs, stock)):
-        _greedy(model, ids, mask, 8, past_key_values=cache)
+        generate(model, ids, mask, max_new_tokens=8, past_key_values=cache)
     dynamic = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
     assert ours.get_seq_length() == theirs.get_seq_length()
     assert ours.nbytes < 0.35 * dynamic  # int8 instead of float32, scales and tables included
-
-
-def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, **options: Any) -> torch.Tensor:
-    out: torch.Tensor = model.generate(
-        ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
-    )
-    return out
 
 
 @pytest.mark.parametrize("chunk", [8, 13, 64])

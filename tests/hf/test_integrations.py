@@ -8,22 +8,14 @@ import pytest
 import torch
 import transformers as hf
 
+from tests.hf.modes import NEW, generate
 from tests.support import ASSETS, compiled, novel, passage, recorded_compiles, tiny_model
-
-NEW = 10
-
-
-def _generate(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
-    )
-    return out
 
 
 def _same(stock: Any, ids: torch.Tensor) -> None:
-    expected = _generate(stock, ids)
+    expected = generate(stock, ids)
     with recorded_compiles() as rows:
-        assert torch.equal(_generate(compiled(stock, sparsity=0.0), ids), expected)
+        assert torch.equal(generate(compiled(stock, sparsity=0.0), ids), expected)
     assert {row.stage: row.rewritten for row in rows} == dict.fromkeys(("prefill", "decode"), _layers(stock))
 
 
