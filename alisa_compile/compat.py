@@ -23,6 +23,7 @@ __all__ = [
     "CustomGraphPass",
     "OptimizedModule",
     "apply_graph_pass",
+    "attention_with_lse",
     "compile_eager",
     "compile_inductor",
     "copy_graph",
@@ -194,3 +195,35 @@ def layer_types_with_moving_rope(module: Any) -> list[str | None]:
     rope_type = getattr(module, "rope_type", None)
     kinds = rope_type.items() if isinstance(rope_type, dict) else [(None, rope_type)]
     return [name for name, kind in kinds if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")]
+
+
+def attention_with_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    *,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `query [B, Hq, T, D]` over `key, value [B, Hkv, K, D]`, and its log-sum-exp `[B, Hq, T]`.
+
+    mask: `[B, 1, T, K]` bool, or None; then is_causal says whether row i sees the columns up to i. A row that attends
+    to nothing has output 0 and log-sum-exp -inf. Torch's public attention does not return the log-sum-exp; on CPU its
+    flash kernel does (checked on 2.13), elsewhere this is spelled out.
+    """
+    ratio = query.shape[1] // key.shape[1]
+    if ratio > 1:
+        key, value = key.repeat_interleave(ratio, 1), value.repeat_interleave(ratio, 1)
+    if query.device.type == "cpu" and mask is None and query.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        out, lse = flash(query, key, value, 0.0, is_causal, scale=scale)
+        return out, lse
+    logits = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    if is_causal and mask is None:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = (logits - torch.where(lse == float("-inf"), 0, lse).unsqueeze(-1)).exp()
+    return weights.to(query.dtype) @ value, lse

@@ -30,6 +30,10 @@ class CacheError(AlisaError, RuntimeError):
     """A cache is used in a way that its contents do not allow (other batch size, other model, no room left)."""
 
 
+class TierError(AlisaError, RuntimeError):
+    """Rows could not be moved between the device, the host and the disk."""
+
+
 class ProfileError(AlisaError, ValueError):
     """A machine profile cannot be read or holds something else."""
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 import weakref
+from collections.abc import Callable
 
 import torch
 
 from .. import compat
 from ..config import AlisaConfig
-from ..errors import CacheError
+from ..errors import CacheError, InfeasibleError, TierError
+from ..kernels.kv_append.tiered import place_rows
 from ..kernels.kv_select.reference import choose
 from ..kernels.selection import SPARSE_BLOCK, SelectionSpec
 from ..kernels.swa_attention.reference import score_dtype
+from ..kernels.tiers import TierState, drain
+from .disk import DiskFile
 from .policies import head_groups, selection_spec
 from .report import RunStatistics
-from .tiers import Pool, RowForm, RowShape, Tier, identity_table
+from .tiers import Pool, RowForm, RowShape, Tier, TierSizes, identity_table
+
+#: Sizes of the tiers for a batch size and a capacity; None = everything fits the device.
+Place = Callable[[int, int], TierSizes | None]
+
+_COPIED_POSITIONS = 256  # at a time, where rows go from one store to another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +59,19 @@ class TokenStore:
     `valid [B, C]` bool, and for sparse policies `scores [L, B, G, R, C]`, `rows [L, B, G, W]` int32, `counts [L, B, G]`
     int32 and `origin [1]` int64, the length after the last dense block, from which refresh steps are counted.
     Capacity is never a number in traced code: it is `table.shape[3]`, so a graph serves every capacity.
+
+    place: where rows go by batch size and capacity; None, or a result of None: all of them to the device. Where
+    they do not all fit, `tiers` holds the others, the table says -1 for a row without a device slot, and `ticket
+    [L + 1]` int64 leads the ops to `tiers` (see `kernels/tiers.py`).
     """
 
-    def __init__(self, shape: StoreShape, config: AlisaConfig, capacity: int) -> None:
+    def __init__(
+        self,
+        shape: StoreShape,
+        config: AlisaConfig,
+        capacity: int,
+        place: Place | None = None,
+    ) -> None:
         self.shape = shape
         self.config = config
         self.groups = head_groups(config, shape.kv_heads)
@@ -68,6 +88,11 @@ class TokenStore:
         self._length_before = 0  # the latest step
         self._in_step = False
         self._sparse_layers = 0
+        self._place = place
+        self.tiers: TierState | None = None
+        self.ticket: torch.Tensor | None = None
+        self.broken: TierError | None = None  # rows are lost until the next reset
+        self.disk: DiskFile | None = None
         self._allocate(capacity)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it later
@@ -75,11 +100,22 @@ class TokenStore:
         """Make all tensors, then switch to them: a failure leaves the store as it was."""
         shape, groups, device = self.shape, self.groups, self.shape.device
         leading = (shape.num_layers, shape.batch_size, groups)
-        slots = shape.num_layers * shape.batch_size * groups * capacity
+        lists = shape.num_layers * shape.batch_size * groups
+        sizes = None if self._place is None else self._place(shape.batch_size, capacity)
+        slots = lists * (capacity if sizes is None else sizes.device)
+        tiers = ticket = disk = None
         scores = rows = counts = origin = None
         try:
             pool = Pool.allocate(Tier.DEVICE, self.row, slots, device)
-            table = identity_table(*leading, capacity, device)
+            if sizes is None:
+                table = identity_table(*leading, capacity, device)
+            else:
+                table = torch.full((*leading, capacity), -1, dtype=torch.int32, device=device)
+                if sizes.disk:
+                    disk = DiskFile(self.config.disk_path, lists, sizes.disk, self.row.bytes_per_row)
+                tiers = self._make_tiers(sizes, disk)
+                ticket = torch.zeros(shape.num_layers + 1, dtype=torch.int64)
+                ticket[-1] = tiers.number
             length = torch.zeros(shape.num_layers, dtype=torch.int64, device=device)
             valid = torch.ones((shape.batch_size, capacity), dtype=torch.bool, device=device)
             if self.selection is not None:
@@ -99,14 +135,42 @@ class TokenStore:
         self.device_pool, self.pool, self.scales = pool, pool.rows, pool.scales
         self.table, self.length, self.valid = table, length, valid
         self.scores, self.rows, self.counts, self.origin = scores, rows, counts, origin
+        self.tiers, self.ticket, self.disk = tiers, ticket, disk
         self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
-        self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
+        for tier, nbytes in self.bytes_by_tier().items():
+            self.statistics.note_bytes(tier, nbytes)
         dynamic = [(id(tensor), dim) for tensor, dim in self.dynamic_dimensions()]
         for tensor in self.tensors():
             for dim in range(tensor.dim()):
                 # The others are the model's and the batch's: each has graphs of its own, however many a process meets.
                 mark = compat.mark_dynamic if (id(tensor), dim) in dynamic else compat.mark_static
                 mark(tensor, dim)
+
+    def _make_tiers(self, sizes: TierSizes, disk: DiskFile | None) -> TierState:
+        shape, device = self.shape, self.shape.device
+        lists = shape.num_layers * shape.batch_size * self.groups
+        host = Pool.allocate(Tier.HOST, self.row, lists * sizes.host, torch.device("cpu"))
+        staging = Pool.allocate(Tier.DEVICE, self.row, shape.batch_size * self.groups * sizes.staging, device)
+        return TierState(
+            quota=sizes.device,
+            groups=self.groups,
+            host=host.rows,
+            host_scales=host.scales,
+            owner=torch.full((lists * sizes.device,), -1, dtype=torch.int32, device=device),
+            below=torch.zeros(shape.num_layers, dtype=torch.int64),
+            on_disk=torch.zeros(shape.num_layers, dtype=torch.int64),
+            home=torch.arange(shape.batch_size),
+            traffic=torch.zeros(4, dtype=torch.int64),
+            misses=torch.zeros(shape.num_layers, dtype=torch.int64),
+            staging=staging.rows,
+            staging_scales=staging.scales,
+            disk=disk,
+        )
+
+    @property
+    def is_tiered(self) -> bool:
+        """Whether rows may be below the device; read while tracing, so a graph is for one or the other."""
+        return self.tiers is not None
 
     @property
     def capacity(self) -> int:
@@ -136,13 +200,32 @@ class TokenStore:
             self.rows,
             self.counts,
             self.origin,
+            self.ticket,
         )
         return [tensor for tensor in every if tensor is not None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: rows, scales, tables, scores, index sets."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        """Bytes held on the device: rows, scales, tables, scores, index sets, staging."""
+        return self.bytes_by_tier()[Tier.DEVICE.value]
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes allocated on each tier."""
+        device = sum(tensor.nbytes for tensor in self.tensors())
+        if self.tiers is None:
+            return {Tier.DEVICE.value: device}
+        tiers = self.tiers
+        device += sum(
+            tensor.nbytes
+            for tensor in (
+                tiers.staging, tiers.staging_scales, tiers.owner, tiers.below, tiers.on_disk, tiers.home,
+                tiers.traffic, tiers.misses,
+            )
+            if tensor is not None
+        )  # fmt: skip
+        host = tiers.host.nbytes + (0 if tiers.host_scales is None else tiers.host_scales.nbytes)
+        disk = 0 if self.disk is None else self.disk.positions * (tiers.owner.numel() // tiers.quota) * tiers.row_bytes
+        return {Tier.DEVICE.value: device, Tier.HOST.value: host, Tier.DISK.value: disk}
 
     def copy(self) -> TokenStore:
         """An independent store with the same contents."""
@@ -150,8 +233,9 @@ class TokenStore:
 
     def _copy_of(self, index: list[int]) -> TokenStore:
         """A store whose sequence b is a copy of this one's sequence `index[b]`."""
-        other = TokenStore(dataclasses.replace(self.shape, batch_size=len(index)), self.config, self.capacity)
-        _move_rows(self.device_pool, self.table[:, index], other.device_pool, other.table, self.host_length)
+        shape = dataclasses.replace(self.shape, batch_size=len(index))
+        other = TokenStore(shape, self.config, self.capacity, self._place)
+        other._take_rows(self, index, self.host_length)
         other.length.copy_(self.length)
         other.valid.copy_(self.valid[index])
         for mine, theirs in zip(self._selection_state(), other._selection_state(), strict=True):
@@ -160,6 +244,36 @@ class TokenStore:
         other._length_before = self._length_before
         other._set_origin(self.host_origin)
         return other
+
+    def _take_rows(self, source: TokenStore, index: list[int], used: int) -> None:
+        """Copy the first `used` rows of the sequences `index` of another store with the same layers and heads."""
+        if source.tiers is None and self.tiers is None:
+            _move_rows(source.device_pool, source.table[:, index], self.device_pool, self.table, used)
+            return
+        for layer in range(self.shape.num_layers):
+            for first in range(0, used, _COPIED_POSITIONS):
+                rows, scales = source.read(layer, first, min(used, first + _COPIED_POSITIONS))
+                self.write(layer, first, rows[index], None if scales is None else scales[index])
+
+    def read(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows `[B, G, K, 2, P, D]` and scales `[B, G, K, 2, P]` of the positions [first, end), wherever they are."""
+        shape = (self.shape.batch_size, self.groups, end - first)
+        if self.tiers is None:
+            slots = self.table[layer, :, :, first:end].long()
+            return self.pool[slots], None if self.scales is None else self.scales[slots]
+        positions = torch.arange(first, end, device=self.shape.device).expand(shape)
+        rows, scales = self.tiers.load(self.pool, self.scales, self.table, layer, positions)
+        return rows.view(*shape, *rows.shape[1:]), None if scales is None else scales.view(*shape, *scales.shape[1:])
+
+    def write(self, layer: int, first: int, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Store rows, as `read` returns them, at the positions from `first` on; all before must be stored already."""
+        if self.tiers is not None:
+            place_rows(self.tiers, self.pool, self.scales, self.table, layer, first, rows, scales, self.spec)
+            return
+        slots = self.table[layer, :, :, first : first + rows.shape[2]].long()
+        self.pool[slots] = rows
+        if self.scales is not None and scales is not None:
+            self.scales[slots] = scales
 
     def _selection_state(self) -> list[torch.Tensor]:
         """The tensors that hold scores and working sets, `[L, B, ...]`; none without selection."""
@@ -172,6 +286,8 @@ class TokenStore:
         if self.scores is not None:
             self.scores.zero_()
         self.attend_to_all()
+        self.broken = None
+        self._forget_from(0)
         self.has_history = False
         self.host_length = 0
         self._set_origin(0)
@@ -192,10 +308,40 @@ class TokenStore:
             return
         if self.selection is not None:
             self._crop_selection(self.selection, length)
+        self._forget_from(length)
         self.length.fill_(length)
         self.valid[:, length:] = True
         self.host_length = length
         self._set_origin(min(self.host_origin, length))
+
+    def _forget_from(self, length: int) -> None:
+        """Give the slots of the positions from `length` on away, with their rows below the device."""
+        tiers = self.tiers
+        if tiers is None:
+            return
+        drain(tiers)
+        tiers.below.clamp_(max=length)
+        tiers.on_disk.clamp_(max=length)
+        tiers.misses.zero_()
+        self.table[..., length:] = -1
+        # From the table, which a step that failed in a compiler's copies has left as it was.
+        tiers.owner.fill_(-1)
+        used = (self.table >= 0).nonzero()
+        tiers.owner[self.table[tuple(used.T)].long()] = used[:, 3].to(tiers.owner.dtype)
+
+    def _make_room(self) -> None:
+        """Give the coming token a slot where the step before has not: after a crop, in a layer left dense."""
+        tiers, ticket = self.tiers, self.ticket
+        if tiers is None or ticket is None:
+            return
+        lacking = (self.table[..., self.host_length] < 0).flatten(1).any(1)
+        if not bool(lacking.any()):
+            return
+        ops = torch.ops.alisa
+        for layer in lacking.nonzero().flatten().tolist():
+            ops.kv_offload(self.pool, self.scales, self.table, self.length, ticket, layer, self.spec)
+            ops.kv_prefetch(self.pool, self.scales, self.table, self.length, self.rows, self.counts, ticket, layer)
+        drain(tiers)
 
     def _crop_selection(self, selection: SelectionSpec, length: int) -> None:
         assert self.scores is not None and self.rows is not None and self.counts is not None
@@ -230,7 +376,8 @@ class TokenStore:
             vars(self).update(vars(self._copy_of(index)))
             self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
             self.statistics = statistics
-            self.statistics.note_bytes(Tier.DEVICE.value, self.nbytes)
+            for tier, nbytes in self.bytes_by_tier().items():
+                self.statistics.note_bytes(tier, nbytes)
             return
         if index == list(range(len(index))):
             return
@@ -246,8 +393,14 @@ class TokenStore:
                 owner[source] = target
                 moved.append(source)
         self.table.copy_(self.table[:, moved])
-        pool, used = self.device_pool, self.host_length
-        _move_rows(pool, self.table[:, originals], pool, self.table[:, duplicates], used)
+        if self.tiers is None:
+            pool, used = self.device_pool, self.host_length
+            _move_rows(pool, self.table[:, originals], pool, self.table[:, duplicates], used)
+        else:
+            drain(self.tiers)
+            self.tiers.home.copy_(self.tiers.home[moved])
+            for original, duplicate in zip(originals, duplicates, strict=True):
+                self.tiers.copy_sequence(self.pool, self.scales, self.table, original, duplicate)
         for tensor in self._selection_state():
             tensor.copy_(tensor[:, index])
         self.valid.copy_(self.valid[index])
@@ -256,13 +409,14 @@ class TokenStore:
         """Make room for `tokens` tokens in all, by doubling; contents are kept. Not inside a compiled step."""
         if tokens <= self.capacity:
             return
-        capacity = max(tokens, 2 * self.capacity)
-        old = (self.device_pool, self.table, self.length, self.valid, self.scores, self.rows, self.counts)
+        old = copy.copy(self)
+        length, valid, scores, rows, counts = self.length, self.valid, self.scores, self.rows, self.counts
         old_capacity = self.capacity
-        self._allocate(capacity)
-        pool, table, length, valid, scores, rows, counts = old
-        used = self.host_length
-        _move_rows(pool, table, self.device_pool, self.table, used)
+        try:
+            self._allocate(max(tokens, 2 * self.capacity))
+        except InfeasibleError:  # twice as many do not fit the budgets; what is asked for may
+            self._allocate(tokens)
+        self._take_rows(old, list(range(self.shape.batch_size)), self.host_length)
         self.length.copy_(length)
         self._set_origin(self.host_origin)
         self.valid[:, :old_capacity] = valid
@@ -299,6 +453,8 @@ class TokenStore:
         """Host work before the ops of a forward pass run."""
         if self._in_step:  # the one before was interrupted where nobody could say so
             self.abort_step()
+        if self.broken is not None:
+            raise self.broken
         if self.host_length + new_tokens > self.capacity:
             raise CacheError(
                 "the cache is full",
@@ -307,6 +463,8 @@ class TokenStore:
                 fix=f"call cache.reserve({self.host_length + new_tokens}) before this forward pass, or pass a larger "
                 "max_length when the cache is built",
             )
+        if new_tokens == 1:
+            self._make_room()
         self._step_started = time.perf_counter()
         self._length_before = self.host_length
         self._in_step = True
@@ -338,6 +496,10 @@ class TokenStore:
         self.valid[:, self.host_length :] = True
         self.attend_to_all()
         self._in_step = False
+        try:
+            self._forget_from(self.host_length)
+        except TierError as error:
+            self.broken = error
 
     def attend_to_all(self) -> None:
         """Make the coming step dense, as a refresh would."""

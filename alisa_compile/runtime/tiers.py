@@ -13,7 +13,7 @@ _HUGE_PAGE = 1 << 21
 
 
 class Tier(enum.Enum):
-    """A place where rows can live. Only the device tier holds rows so far."""
+    """A place where rows can live."""
 
     DEVICE = "device"
     HOST = "host"
@@ -50,6 +50,20 @@ class RowShape:
         values = 2 * self.heads_per_slot * self.head_dim * self.stored_dtype.itemsize
         scales = 2 * self.heads_per_slot * torch.float32.itemsize if self.form is RowForm.KV_INT8 else 0
         return values + scales
+
+
+@dataclasses.dataclass(frozen=True)
+class TierSizes:
+    """Positions of each (layer, sequence, group) that the tiers of a store hold, and that are staged at a time.
+
+    device: slots, the coming token's included. host, disk: together they take whatever the device does not keep.
+    staging: positions of one layer that stream through the device at a time.
+    """
+
+    device: int
+    host: int
+    disk: int
+    staging: int
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from alisa_compile import kernels  # noqa: F401  (registers the ops)
 from alisa_compile.config import AlisaConfig
 from alisa_compile.kernels.quantize_row import quantize_row
 from alisa_compile.runtime.store import StoreShape, TokenStore
+from alisa_compile.runtime.tiers import TierSizes
 
 ops = torch.ops.alisa
 
@@ -77,11 +78,12 @@ class Driver:
         layers: int = 1,
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
+        sizes: TierSizes | None = None,
         **options: Any,
     ) -> None:
         self.heads = heads
         shape = StoreShape(layers, batch, heads.kv, heads.dim, dtype, torch.device("cpu"))
-        self.store = TokenStore(shape, AlisaConfig(**options), capacity)
+        self.store = TokenStore(shape, AlisaConfig(**options), capacity, lambda *_: sizes)
 
     def permute_slots(self, generator: torch.Generator) -> None:
         """Give every position another slot; only allowed while the store is empty."""
@@ -106,10 +108,18 @@ class Driver:
         if store.is_int8:
             key, key_scale = quantize_row(key)
             value, value_scale = quantize_row(value)
-        ops.kv_append(
+        arguments = (
             store.pool, store.scales, store.table, store.length, store.valid, key, value, key_scale,
             value_scale, mask, layer,
         )  # fmt: skip
+        if store.tiers is None:
+            ops.kv_append(*arguments)
+            return
+        ops.kv_wait(store.pool, store.ticket, key, layer)
+        if block.tokens == 1 and store.has_history:
+            ops.kv_append(*arguments)
+        else:
+            ops.kv_append.tiered(*arguments, store.spec, store.ticket)
 
     def attend(
         self, block: Block, layer: int, mask: torch.Tensor | None = None, *, dense: bool = False
@@ -119,15 +129,30 @@ class Driver:
         valid = None if mask is None else store.valid
         if block.tokens == 1 and store.has_history:
             rows, counts = (None, None) if dense else (store.rows, store.counts)
-            return ops.swa_attention(
-                query, store.pool, store.scales, store.table, store.length, valid, rows, counts, layer, scale
-            )
+            op = ops.swa_attention.default if store.tiers is None else ops.swa_attention.tiered
+            return op(
+                query, store.pool, store.scales, store.table, store.length, valid, rows, counts, layer, scale,
+                *self._ticket(),
+            )  # fmt: skip
         if not store.has_history:
             return ops.prefill_attention(query, key, value, mask, store.groups, store.spec, scale)
-        return ops.extend_attention(
+        op = ops.extend_attention.default if store.tiers is None else ops.extend_attention.tiered
+        return op(
             query, store.pool, store.scales, store.table, store.length, valid, store.rows, store.counts, layer,
-            store.spec, scale,
+            store.spec, scale, *self._ticket(),
         )  # fmt: skip
+
+    def _ticket(self) -> tuple[torch.Tensor, ...]:
+        return () if self.store.ticket is None else (self.store.ticket,)
+
+    def move(self, layer: int) -> None:
+        """`kv_offload` and `kv_prefetch`, where the store has tiers."""
+        store = self.store
+        if store.tiers is None:
+            return
+        rows = (store.pool, store.scales, store.table, store.length)
+        ops.kv_offload(*rows, store.ticket, layer, store.spec)
+        ops.kv_prefetch(*rows, store.rows, store.counts, store.ticket, layer)
 
     def select(self, block: Block, layer: int, mass: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """`kv_select` after a decode step, `kv_seed` after a block."""
@@ -149,6 +174,7 @@ class Driver:
             out, mass = self.attend(block, layer, mask)
             if self.store.spec:
                 self.select(block, layer, mass, mask)
+            self.move(layer)
             outputs.append(out)
         self.store.end_step(block.tokens)
         return torch.stack(outputs)

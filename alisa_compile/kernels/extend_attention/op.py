@@ -8,6 +8,7 @@ from ..library import define
 from ..selection import decode_spec
 from ..swa_attention.reference import score_dtype
 from .reference import extend_attention
+from .tiered import extend_attention_tiered
 
 
 def _fake(
@@ -22,6 +23,7 @@ def _fake(
     layer: int,
     spec: str,
     scale: float,
+    ticket: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, batch_size, groups, capacity = table.shape
     seed_rows = decode_spec(spec).seed_rows(query.shape[2], capacity) if spec else 0
@@ -29,9 +31,10 @@ def _fake(
     return query.new_empty(query.shape), mass
 
 
-define(
-    "extend_attention(Tensor query, Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor? valid, "
-    "Tensor? rows, Tensor? counts, int layer, str spec, float scale) -> (Tensor, Tensor)",
-    extend_attention,
-    _fake,
+_ARGUMENTS = (
+    "Tensor query, Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor? valid, Tensor? rows, "
+    "Tensor? counts, int layer, str spec, float scale"
 )
+
+define(f"extend_attention({_ARGUMENTS}) -> (Tensor, Tensor)", extend_attention, _fake)
+define(f"extend_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", extend_attention_tiered, _fake)

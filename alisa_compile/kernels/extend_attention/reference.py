@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..kv_read.reference import read_rows
@@ -36,12 +38,13 @@ def extend_attention(
     policy = decode_spec(spec) if spec else None
     seed_rows = int(policy.seed_rows(new_tokens, capacity)) if policy else 0
     own = None if valid is None else valid[:, :tokens]
-    if policy is not None and rows is not None and counts is not None and new_tokens <= SPARSE_BLOCK:
-        count = counts[layer]
-        if not bool((count < 0).any()):
-            history = rows[layer, :, :, : int(count.max()) - 1].long()  # its last row is the first new token itself
-            kept = torch.arange(history.shape[-1], device=query.device) < (count - 1).unsqueeze(-1)
-            return _sparse(query, pool, scales, table[layer], own, history, kept, start, seed_rows, policy, scale)
+    chosen = working_history(rows, counts, layer, new_tokens)
+    if policy is not None and chosen is not None:
+
+        def read(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return read_rows(pool, scales, table[layer].gather(-1, positions), query.dtype)
+
+        return attend_sparsely(query, read, capacity, own, *chosen, start, seed_rows, policy, scale)
     key, value = read_rows(pool, scales, table[layer, :, :, :tokens], query.dtype)
     out = blockwise_attention(query, key, value, own, query_start=start, scale=scale)
     total = policy is not None and policy.rank == "sum"
@@ -51,11 +54,21 @@ def extend_attention(
     return out, mass
 
 
-def _sparse(
+def working_history(
+    rows: torch.Tensor | None, counts: torch.Tensor | None, layer: int, new_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Positions `[B, G, W]` before a block that it attends to, and which of them count; None = all."""
+    if rows is None or counts is None or new_tokens > SPARSE_BLOCK or bool((counts[layer] < 0).any()):
+        return None
+    count = counts[layer]
+    history = rows[layer, :, :, : int(count.max()) - 1].long()  # its last row is the first new token itself
+    return history, torch.arange(history.shape[-1], device=rows.device) < (count - 1).unsqueeze(-1)
+
+
+def attend_sparsely(
     query: torch.Tensor,
-    pool: torch.Tensor,
-    scales: torch.Tensor | None,
-    table: torch.Tensor,
+    read: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    capacity: int,
     valid: torch.Tensor | None,
     history: torch.Tensor,
     kept: torch.Tensor,
@@ -64,14 +77,18 @@ def _sparse(
     policy: SelectionSpec,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """history: `[B, G, W]` positions before `start`, of which those `kept` count; all in order of position."""
+    """Output and mass of a block that attends to a working set.
+
+    history: `[B, G, W]` positions before `start`, of which those `kept` count; all in order of position. read: K and V
+    `[B, Hkv, W, D]` of positions `[B, G, W]`.
+    """
     batch_size, _, new_tokens, head_dim = query.shape
-    groups, capacity = table.shape[1], table.shape[2]
+    groups = history.shape[1]
     block = torch.arange(start, start + new_tokens, device=query.device)
     # Entries past the count may name rows never written, and a weight of 0 does not hide a NaN.
     history = history.masked_fill(~kept, start)
     positions = torch.cat((history, block.expand(batch_size, groups, -1)), dim=-1)
-    key, value = read_rows(pool, scales, table.gather(-1, positions), query.dtype)
+    key, value = read(positions)
     kv_heads = key.shape[1]
     causal = block[:, None] >= block  # [T, T]
     within = causal.expand(batch_size, 1, -1, -1)

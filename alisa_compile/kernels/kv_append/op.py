@@ -6,6 +6,7 @@ import torch
 
 from ..library import define
 from .reference import kv_append
+from .tiered import kv_append_tiered
 
 
 def _fake(
@@ -20,14 +21,22 @@ def _fake(
     value_scale: torch.Tensor | None,
     padding_mask: torch.Tensor | None,
     layer: int,
+    *tiers: object,
 ) -> None:
     return None
 
 
+_ROWS = "Tensor key, Tensor value, Tensor? key_scale, Tensor? value_scale, Tensor? padding_mask, int layer"
+
 define(
-    "kv_append(Tensor(a!) pool, Tensor(b!)? scales, Tensor table, Tensor(c!) length, Tensor(d!) valid, Tensor key, "
-    "Tensor value, Tensor? key_scale, Tensor? value_scale, Tensor? padding_mask, int layer) -> ()",
+    f"kv_append(Tensor(a!) pool, Tensor(b!)? scales, Tensor table, Tensor(c!) length, Tensor(d!) valid, {_ROWS}) -> ()",
     kv_append,
     _fake,
     native=True,
+)
+define(
+    "kv_append.tiered(Tensor(a!) pool, Tensor(b!)? scales, Tensor(c!) table, Tensor(d!) length, Tensor(e!) valid, "
+    f"{_ROWS}, str spec, Tensor(f!) ticket) -> ()",
+    kv_append_tiered,
+    _fake,
 )

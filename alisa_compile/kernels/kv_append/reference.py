@@ -28,15 +28,15 @@ def kv_append(
     start = int(length[layer])
     end = start + new_tokens
     slots = table[layer, :, :, start:end].reshape(-1).long()
-    pool.index_copy_(0, slots, _rows(key, value, table.shape[2], pool.dtype))
+    pool.index_copy_(0, slots, rows_of(key, value, table.shape[2], pool.dtype))
     if scales is not None and key_scale is not None and value_scale is not None:
-        scales.index_copy_(0, slots, _rows(key_scale, value_scale, table.shape[2], scales.dtype))
+        scales.index_copy_(0, slots, rows_of(key_scale, value_scale, table.shape[2], scales.dtype))
     if padding_mask is not None:
         valid[:, :end] = padding_mask[:, :end] != 0
     length[layer] = end
 
 
-def _rows(key: torch.Tensor, value: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+def rows_of(key: torch.Tensor, value: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
     """`[B, G * P, T, ...]` K and V as slots in the order of `table`: `[B * G * T, 2, P, ...]`."""
     both = torch.stack((key, value), dim=1).to(dtype)
     batch_size, _, kv_heads, new_tokens = both.shape[:4]

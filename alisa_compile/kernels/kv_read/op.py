@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
-from .reference import kv_read
+from .reference import kv_read, kv_read_tiered
 
 
 def _fake(
@@ -28,6 +28,7 @@ def _fake(
     stage: str,
     spec: str,
     padded: bool,
+    ticket: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if stage == "prefill":
         return key.new_empty(key.shape), value.new_empty(value.shape)
@@ -35,10 +36,10 @@ def _fake(
     return key.new_empty(shape), value.new_empty(shape)
 
 
-define(
-    "kv_read(Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor valid, Tensor? scores, Tensor? rows, "
-    "Tensor? counts, Tensor? origin, Tensor key, Tensor value, int layer, str stage, str spec, bool padded) "
-    "-> (Tensor, Tensor)",
-    kv_read,
-    _fake,
+_ARGUMENTS = (
+    "Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor valid, Tensor? scores, Tensor? rows, "
+    "Tensor? counts, Tensor? origin, Tensor key, Tensor value, int layer, str stage, str spec, bool padded"
 )
+
+define(f"kv_read({_ARGUMENTS}) -> (Tensor, Tensor)", kv_read, _fake)
+define(f"kv_read.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", kv_read_tiered, _fake)

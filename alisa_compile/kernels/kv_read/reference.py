@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 
 from ..quantize_row import dequantize_row
+from ..tiers import state_of
 
 
 def read_rows(
@@ -51,3 +52,36 @@ def kv_read(
 def _own_contiguous(states: torch.Tensor) -> torch.Tensor:
     """Laid out as the shape function promises, and sharing memory with no input and no other result."""
     return states.clone(memory_format=torch.contiguous_format)
+
+
+def kv_read_tiered(
+    pool: torch.Tensor,
+    scales: torch.Tensor | None,
+    table: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor,
+    scores: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: int,
+    stage: str,
+    spec: str,
+    padded: bool,
+    ticket: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kv_read` of a store whose rows do not all fit the device: all K and V at once, as activations.
+
+    Only attention that was left dense uses the result. ticket: see `kernels/tiers.py`.
+    """
+    if stage == "prefill":
+        return _own_contiguous(key), _own_contiguous(value)
+    state, tokens, capacity = state_of(ticket), int(length[layer]), table.shape[3]
+    keys = key.new_zeros((*key.shape[:2], capacity, key.shape[3]))
+    values = torch.zeros_like(keys)
+    for first, end in state.blocks(tokens, tokens):
+        staged, staged_scales, slots = state.stage(pool, scales, table, layer, first, end)
+        keys[:, :, first:end], values[:, :, first:end] = read_rows(staged, staged_scales, slots, key.dtype)
+    return keys, values

@@ -6,6 +6,7 @@ import torch
 
 from ..library import define
 from .reference import score_dtype, swa_attention
+from .tiered import swa_attention_tiered
 
 
 def _fake(
@@ -19,16 +20,17 @@ def _fake(
     counts: torch.Tensor | None,
     layer: int,
     scale: float,
+    ticket: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, batch_size, groups, capacity = table.shape
     mass_shape = (batch_size, groups, 0 if rows is None else capacity)
     return query.new_empty(query.shape), query.new_empty(mass_shape, dtype=score_dtype(query.dtype))
 
 
-define(
-    "swa_attention(Tensor query, Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor? valid, "
-    "Tensor? rows, Tensor? counts, int layer, float scale) -> (Tensor, Tensor)",
-    swa_attention,
-    _fake,
-    native=True,
+_ARGUMENTS = (
+    "Tensor query, Tensor pool, Tensor? scales, Tensor table, Tensor length, Tensor? valid, Tensor? rows, "
+    "Tensor? counts, int layer, float scale"
 )
+
+define(f"swa_attention({_ARGUMENTS}) -> (Tensor, Tensor)", swa_attention, _fake, native=True)
+define(f"swa_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", swa_attention_tiered, _fake)

@@ -48,9 +48,22 @@ def swa_attention(
         # Entries past the count may name rows never written, and a weight of 0 does not hide a NaN.
         positions = positions.masked_fill(~attends, tokens - 1)
         slots = table[layer].gather(-1, positions)
-    batch_size, query_heads, _, head_dim = query.shape
     key, value = read_rows(pool, scales, slots, query.dtype)
-    groups, kv_heads = table.shape[2], key.shape[1]
+    return attend_to_rows(query, key, value, attends, table.shape[2], table.shape[3], scale)
+
+
+def attend_to_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attends: torch.Tensor | None,
+    groups: int,
+    capacity: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `[B, Hq, 1, D]` to the rows `[B, Hkv, W, D]` that `attends [B, G, W]`, and the mass of each."""
+    batch_size, query_heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
     packed = query.reshape(batch_size, kv_heads, query_heads // kv_heads, head_dim)
     logits = (packed @ key.transpose(-1, -2)).to(score_dtype(query.dtype)) * scale
     if attends is not None:
@@ -58,8 +71,8 @@ def swa_attention(
         logits = logits.masked_fill(~per_head.unsqueeze(2), float("-inf"))
     weights = logits.softmax(-1)
     out = weights.to(query.dtype) @ value
-    mass = weights.new_zeros(batch_size, groups, table.shape[3])
-    mass[..., : slots.shape[-1]] = weights.reshape(batch_size, groups, -1, slots.shape[-1]).sum(2)
+    mass = weights.new_zeros(batch_size, groups, capacity)
+    mass[..., : key.shape[2]] = weights.reshape(batch_size, groups, -1, key.shape[2]).sum(2)
     return out.reshape(query.shape), mass
 
 

@@ -1,0 +1,293 @@
+"""Rows below the device, as ops see them: where each row is, and the primitives that copy it.
+
+A store whose rows do not all fit the device has a `TierState`. Its device pool is divided into quotas of `quota` slots,
+one for each (layer, sequence, group). A position is *below* once its row has been written under the device; rows never
+change, so this happens once, and its device slot may then be given away. The host holds the last H positions below as
+a ring, position p in ring slot p mod H; older ones are on disk at an address that is their position.
+
+Ops find the state through the last entry of `ticket [L + 1]` int64, a tensor of the store and an input of its graphs.
+The entries before it are the transfers that each layer has started; 0 = none. The device tensors that ops change are
+arguments, because a compiler may have put copies in their place; everything else is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+
+from .selection import decode_spec
+
+#: Places in `TierState.traffic`.
+DEVICE_TO_HOST, HOST_TO_DEVICE, DISK_WRITE, DISK_READ = range(4)
+
+
+class Disk(Protocol):
+    """A file of rows: regions of equal size, one for each (layer, sequence, group), addressed by position."""
+
+    positions: int
+
+    def fileno(self) -> int:
+        """Descriptor of the open file."""
+
+    def write(self, region: int, first: int, records: torch.Tensor) -> None:
+        """Store `[K, bytes]` uint8 records of the positions from `first` on."""
+
+    def read(self, region: int, first: int, records: torch.Tensor) -> None:
+        """Fill `[K, bytes]` uint8 records of the positions from `first` on."""
+
+
+@dataclasses.dataclass(eq=False)
+class TierState:
+    """Where the rows of one store are.
+
+    quota: device slots of each (layer, sequence, group). groups: G. host: `[pairs * H, 2, P, D]` with pairs = L * B *
+    G, host_scales: `[pairs * H, 2, P]` or None. owner: `[N]` int32, the position in each device slot, -1 = free. below:
+    `[L]` int64, so many first positions have a row below the device; on_disk: `[L]` int64, so many of them have it on
+    disk, the others on the host. home: `[B]` int64, which part of host, disk and
+    pool belongs to a sequence. traffic: `[4]` int64 bytes copied, counted where they are copied. misses: `[L]` int64,
+    rows of the coming step's working sets that found no device slot. staging: `[B * G * S, 2, P, D]` on the device,
+    for S positions on their way.
+    """
+
+    quota: int
+    groups: int
+    host: torch.Tensor
+    host_scales: torch.Tensor | None
+    owner: torch.Tensor
+    below: torch.Tensor
+    on_disk: torch.Tensor
+    home: torch.Tensor
+    traffic: torch.Tensor
+    misses: torch.Tensor
+    staging: torch.Tensor
+    staging_scales: torch.Tensor | None
+    disk: Disk | None
+    number: int = dataclasses.field(default_factory=itertools.count(1).__next__)
+    rows_missed: int = 0  # in all steps so far
+
+    def __post_init__(self) -> None:
+        _states[self.number] = self
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.home.shape[0]
+
+    @property
+    def ring(self) -> int:
+        """H, positions that the host holds of each (layer, sequence, group)."""
+        return self.host.shape[0] // (self.below.shape[0] * self.batch_size * self.groups)
+
+    @property
+    def staging_positions(self) -> int:
+        """S."""
+        return self.staging.shape[0] // (self.batch_size * self.groups)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, scales included."""
+        scales = 0 if self.staging_scales is None else self.staging_scales[:1].nbytes
+        return self.staging[:1].nbytes + scales
+
+    def regions(self, layer: int) -> torch.Tensor:
+        """`[B, G]`: which part of owner, host and disk belongs to each sequence and group of a layer."""
+        first = (layer * self.batch_size + self.home) * self.groups
+        return first[:, None] + torch.arange(self.groups)
+
+    def down(self, layer: int, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Write the rows `[B, G, K, 2, P, D]` (scales `[B, G, K, 2, P]`) of the positions from `below` on."""
+        start = 0
+        while start < rows.shape[2]:
+            end = min(rows.shape[2], start + max(1, self.ring))
+            self._down(layer, rows[:, :, start:end], None if scales is None else scales[:, :, start:end])
+            start = end
+
+    def _down(self, layer: int, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """At most H positions: first those that the ring loses go to disk."""
+        first, ring = int(self.below[layer]), self.ring
+        end = first + rows.shape[2]
+        lost = range(int(self.on_disk[layer]), max(0, end - ring))
+        moved = rows.shape[0] * rows.shape[1] * self.row_bytes
+        if ring == 0:
+            self._to_disk(layer, first, rows, scales)
+            self.on_disk[layer] = end
+        else:
+            if lost:
+                slots = self._ring_slots(layer, torch.arange(lost.start, lost.stop))
+                own = None if self.host_scales is None else self.host_scales[slots]
+                self._to_disk(layer, lost.start, self.host[slots], own)
+                self.on_disk[layer] = lost.stop
+            slots = self._ring_slots(layer, torch.arange(first, end))
+            self.host[slots] = rows.to(self.host.device)
+            if self.host_scales is not None and scales is not None:
+                self.host_scales[slots] = scales.to(self.host.device)
+        self.traffic[DEVICE_TO_HOST] += moved * rows.shape[2]
+        self.below[layer] = end
+
+    def _ring_slots(self, layer: int, positions: torch.Tensor) -> torch.Tensor:
+        return self.regions(layer)[..., None] * self.ring + positions % self.ring
+
+    def _to_disk(self, layer: int, first: int, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
+        assert self.disk is not None, "the plan has no disk, and the host is full"
+        for sequence, regions in enumerate(self.regions(layer).tolist()):
+            for group, region in enumerate(regions):
+                own = None if scales is None else scales[sequence, group]
+                records = _pack(rows[sequence, group], own)
+                self.disk.write(region, first, records)
+                self.traffic[DISK_WRITE] += records.numel()
+
+    def load(
+        self,
+        pool: torch.Tensor,
+        scales: torch.Tensor | None,
+        table: torch.Tensor,
+        layer: int,
+        positions: torch.Tensor,
+        into: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of `positions [B, G, K]` wherever they are: `[B * G * K, 2, P, D]` and scales, on the device.
+
+        into: where to put them; default: new memory.
+        """
+        drain(self)
+        count = positions.numel()
+        if into is None:
+            rows = pool.new_empty((count, *pool.shape[1:]))
+            packed = None if scales is None else scales.new_empty((count, *scales.shape[1:]))
+        else:
+            rows, packed = into[0][:count], None if into[1] is None else into[1][:count]
+        slots = table[layer].gather(-1, positions).reshape(-1)
+        resident = slots >= 0
+        here, away = resident.nonzero().flatten(), (~resident).nonzero().flatten()
+        rows[here] = pool[slots[here].long()]
+        if scales is not None and packed is not None:
+            packed[here] = scales[slots[here].long()]
+        regions = self.regions(layer)[..., None].expand_as(positions).reshape(-1)
+        self.up(layer, regions[away], positions.reshape(-1)[away], rows, packed, away)
+        return rows, packed
+
+    def up(
+        self,
+        layer: int,
+        regions: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        places: torch.Tensor,
+    ) -> None:
+        """Copy rows from below: `positions [K]` of `regions [K]` to `rows[places]`, `scales[places]` on the device."""
+        from_host = positions >= self.on_disk[layer]
+        slots = (regions * self.ring + positions % max(1, self.ring))[from_host]
+        rows[places[from_host]] = self.host[slots].to(rows.device)
+        if scales is not None and self.host_scales is not None:
+            scales[places[from_host]] = self.host_scales[slots].to(scales.device)
+        on_disk = (~from_host).nonzero().flatten()
+        for run in _runs(regions[on_disk], positions[on_disk]):
+            self._read_disk(int(regions[on_disk[run[0]]]), positions[on_disk[run]], rows, scales, places[on_disk[run]])
+        self.traffic[HOST_TO_DEVICE] += len(positions) * self.row_bytes
+
+    def _read_disk(
+        self,
+        region: int,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        places: torch.Tensor,
+    ) -> None:
+        assert self.disk is not None
+        records = torch.empty((len(positions), self.row_bytes), dtype=torch.uint8)
+        self.disk.read(region, int(positions[0]), records)
+        self.traffic[DISK_READ] += records.numel()
+        _unpack(records, rows, scales, places)
+
+    def copy_sequence(
+        self, pool: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor, source: int, target: int
+    ) -> None:
+        """Let sequence `target` have the same rows in the same places of its own parts of every tier."""
+        for layer in range(self.below.shape[0]):
+            for group, (here, there) in enumerate(self.regions(layer)[[source, target]].T.tolist()):
+                mine, theirs = (slice(region * self.quota, (region + 1) * self.quota) for region in (there, here))
+                pool[mine] = pool[theirs]
+                if scales is not None:
+                    scales[mine] = scales[theirs]
+                self.owner[mine] = self.owner[theirs]
+                slots = table[layer, source, group]
+                table[layer, target, group] = torch.where(slots < 0, slots, slots + (there - here) * self.quota)
+                mine, theirs = (slice(region * self.ring, (region + 1) * self.ring) for region in (there, here))
+                self.host[mine] = self.host[theirs]
+                if self.host_scales is not None:
+                    self.host_scales[mine] = self.host_scales[theirs]
+                if self.disk is not None:
+                    records = torch.empty((int(self.on_disk[layer]), self.row_bytes), dtype=torch.uint8)
+                    self.disk.read(here, 0, records)
+                    self.disk.write(there, 0, records)
+
+    def blocks(self, tokens: int, split: int) -> list[tuple[int, int]]:
+        """Ranges of positions up to `tokens` that fit the staging, none across position `split`."""
+        size = self.staging_positions
+        ends = [range(0, split, size), range(split, tokens, size)]
+        return [(first, min(first + size, part.stop)) for part in ends for first in part]
+
+    def stage(
+        self, pool: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor, layer: int, first: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Rows of the positions [first, end) in staging: rows, scales, and their slots there `[B, G, end - first]`."""
+        shape = (self.batch_size, self.groups, end - first)
+        positions = torch.arange(first, end, device=pool.device).expand(shape)
+        self.load(pool, scales, table, layer, positions, (self.staging, self.staging_scales))
+        slots = torch.arange(positions.numel(), device=pool.device).view(shape)
+        return self.staging, self.staging_scales, slots
+
+
+_states: weakref.WeakValueDictionary[int, TierState] = weakref.WeakValueDictionary()
+
+
+def state_of(ticket: torch.Tensor) -> TierState:
+    """The state that a store's `ticket` names."""
+    return _states[int(ticket[-1])]
+
+
+def drain(state: TierState) -> None:
+    """Wait until all started transfers have ended."""
+
+
+def first_recent(tokens: int, quota: int, spec: str) -> int:
+    """First of the most recent positions that stay on the device, when the next token will be number `tokens`.
+
+    Nothing leaves while all positions and the coming one fit. After that the quota holds the dynamic rows of the
+    coming step's working set and the most recent positions, the coming one included.
+    """
+    context = tokens + 1
+    if context <= quota:
+        return 0
+    dynamic = int(decode_spec(spec).dynamic_rows(context)) if spec else 0
+    return min(tokens, context - quota + dynamic)
+
+
+def _runs(regions: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+    """Indices cut where the region changes or positions do not go on by one."""
+    if not len(positions):
+        return []
+    cuts = ((regions.diff() != 0) | (positions.diff() != 1)).nonzero().flatten() + 1
+    return list(torch.tensor_split(torch.arange(len(positions)), cuts.tolist()))
+
+
+def _pack(rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """`[K, 2, P, D]` and `[K, 2, P]` as bytes `[K, bytes of a row]`."""
+    count = rows.shape[0]
+    parts = [rows] if scales is None else [rows, scales]
+    return torch.cat([part.cpu().contiguous().view(torch.uint8).view(count, -1) for part in parts], dim=1)
+
+
+def _unpack(records: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None, places: torch.Tensor) -> None:
+    """Inverse of `_pack`, into `rows[places]` and `scales[places]`."""
+    size = rows[:1].nbytes
+    values = records[:, :size].contiguous().view(rows.dtype).view(len(places), *rows.shape[1:])
+    rows[places] = values.to(rows.device)
+    if scales is not None:
+        packed = records[:, size:].contiguous().view(scales.dtype).view(len(places), *scales.shape[1:])
+        scales[places] = packed.to(scales.device)

@@ -1,0 +1,91 @@
+"""The disk tier: a private file of rows that no one else can open, and that no crash leaves behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import torch
+
+from ..errors import TierError
+
+
+class DiskFile:
+    """Records of equal size in regions of equal size, one for each (layer, sequence, group), addressed by position.
+
+    The file is removed from its folder as soon as it is open (mode 0600: it holds the user's text), so it ends with the
+    process that has it open, whatever ends that. Its whole size is reserved at once: a disk that is too small is found
+    before the first token.
+    """
+
+    def __init__(self, folder: str | None, regions: int, positions: int, record_bytes: int) -> None:
+        self.positions, self._record_bytes = positions, record_bytes
+        self._folder = folder or tempfile.gettempdir()
+        size = regions * positions * record_bytes
+        self._file = -1
+        try:
+            self._file, path = tempfile.mkstemp(prefix="alisa-kv-", dir=self._folder)
+            os.unlink(path)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file, 0, max(1, size))
+            else:  # macOS
+                os.ftruncate(self._file, size)
+        except OSError as error:
+            self.close()
+            raise TierError(
+                f"the disk tier cannot be made: {error.strerror}",
+                got=f"{size} bytes in {self._folder}",
+                fix="free space there, set disk_path to another folder, or lower disk_kv_budget",
+            ) from error
+
+    def fileno(self) -> int:
+        """Descriptor of the open file."""
+        return self._file
+
+    def close(self) -> None:
+        """Give the space back; closing twice does nothing."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
+
+    def write(self, region: int, first: int, records: torch.Tensor) -> None:
+        """Store `[K, record_bytes]` uint8 records of the positions from `first` on."""
+        data, offset = _bytes_of(records), self._offset(region, first)
+        try:
+            while data:
+                written = os.pwrite(self._file, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise self._failed("written", error.strerror or "unknown error") from error
+
+    def read(self, region: int, first: int, records: torch.Tensor) -> None:
+        """Fill `[K, record_bytes]` uint8 records of the positions from `first` on."""
+        data, offset = _bytes_of(records), self._offset(region, first)
+        try:
+            while data:
+                count = os.preadv(self._file, [data], offset)
+                if count == 0:
+                    raise self._failed("read", "the file is shorter than it was made")
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            raise self._failed("read", error.strerror or "unknown error") from error
+
+    def _offset(self, region: int, first: int) -> int:
+        return (region * self.positions + first) * self._record_bytes
+
+    def _failed(self, what: str, reason: str) -> TierError:
+        return TierError(
+            f"rows on disk could not be {what}: {reason}",
+            got=f"the disk tier in {self._folder}",
+            fix="reset the cache; set disk_path to a folder on a healthy disk",
+        )
+
+
+def _bytes_of(records: torch.Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor."""
+    assert records.is_contiguous()
+    return memoryview(records.numpy().data).cast("B")
