@@ -22,13 +22,15 @@ from .errors import AlisaError
 from .passes import rewrite_static_buffers
 from .passes.base import example, is_op
 from .passes.pipeline import PIPELINE, run_pipeline
-from .passes.rewrite_attention import site_of
+from .passes.rewrite_attention import APPENDS, READS, site_of
 from .passes.rewrite_static_buffers import BufferSite
 from .passes.uuid import FingerprintPass
 from .runtime.buffers import forget_scores, new_scores, scores_of
 from .runtime.report import CompileRow
 
 logger = logging.getLogger(__name__)
+
+DECODES = (torch.ops.alisa.swa_attention.default, torch.ops.alisa.swa_attention.tiered)
 
 
 def alisa(
@@ -165,9 +167,12 @@ class CompiledStep:
             entered.append((store, new_tokens, store.last_layer in step.layers))
         try:
             out = self._compiled(*args)
-        except BaseException:
+        except BaseException as error:
             for store, _, _ in entered:
                 store.abort_step()
+            lost = next((store.broken for store, _, _ in entered if store.broken is not None), None)
+            if lost is not None and isinstance(error, Exception):
+                raise lost from error
             raise
         for store, new_tokens, ends in entered:
             if ends:
@@ -204,7 +209,7 @@ def _find_steps(gm: fx.GraphModule) -> list[StepSite]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     appends: dict[fx.Node, list[fx.Node]] = {}
     for node in gm.graph.nodes:
-        if is_op(node, torch.ops.alisa.kv_append.default):
+        if is_op(node, *APPENDS):
             appends.setdefault(node.all_input_nodes[0], []).append(node)
     sites = []
     for pool, nodes in appends.items():
@@ -213,8 +218,7 @@ def _find_steps(gm: fx.GraphModule) -> list[StepSite]:
         source = None if isinstance(new_tokens, int) else _input_of_size(placeholders, new_tokens, nodes[0])
         constant = new_tokens if isinstance(new_tokens, int) else 0
         sparse = sum(
-            is_op(node, torch.ops.alisa.swa_attention.default) and node.args[1] is pool and node.args[6] is not None
-            for node in gm.graph.nodes
+            is_op(node, *DECODES) and node.args[1] is pool and node.args[6] is not None for node in gm.graph.nodes
         )
         sites.append(StepSite(placeholders.index(pool), layers, source, constant, sparse))
     return sites
@@ -241,14 +245,15 @@ def _input_of_size(placeholders: list[fx.Node], size: torch.SymInt, append: fx.N
 def _stage(gm: fx.GraphModule) -> str:
     """What the graph does: decode, prefill, extend, or other (no AlisaCache in it)."""
     by_op = {
-        torch.ops.alisa.swa_attention.default: "decode",
+        **dict.fromkeys(DECODES, "decode"),
         torch.ops.alisa.buffer_attention.default: "decode",
         torch.ops.alisa.prefill_attention.default: "prefill",
         torch.ops.alisa.extend_attention.default: "extend",
+        torch.ops.alisa.extend_attention.tiered: "extend",
     }
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in by_op:
             return by_op[node.target]
-        if is_op(node, torch.ops.alisa.kv_read.default):
+        if is_op(node, *READS):
             return site_of(node).stage
     return "other"

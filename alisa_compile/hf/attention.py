@@ -84,19 +84,26 @@ def attend(
     stored = (
         query, store.pool, store.scales, store.table, store.length, valid, store.rows, store.counts, index,
     )  # fmt: skip
+    tiered = store.is_tiered
     if new_tokens == 1:
         store.note_sparse_layers(int(bool(store.spec)))
-        out, mass = ops.swa_attention(*stored, scale)
+        decode = ops.swa_attention.tiered if tiered else ops.swa_attention.default
+        out, mass = decode(*stored, scale, *store.ticket_argument)
     elif total == new_tokens:
         out, mass = ops.prefill_attention(query, key, value, padding_mask, store.groups, store.spec, scale)
     else:
-        out, mass = ops.extend_attention(*stored, store.spec, scale)
+        extend = ops.extend_attention.tiered if tiered else ops.extend_attention.default
+        out, mass = extend(*stored, store.spec, scale, *store.ticket_argument)
     if store.spec:
         state = (store.scores, store.rows, store.counts, mass, store.length, store.origin, valid)
         if new_tokens == 1:
             ops.kv_select(*state, index, store.spec)
         else:
             ops.kv_seed(*state, new_tokens, index, store.spec)
+    if tiered:
+        rows = (store.pool, store.scales, store.table, store.length)
+        ops.kv_offload(*rows, store.ticket, index, store.spec)
+        ops.kv_prefetch(*rows, store.rows, store.counts, store.ticket, index)
     layer.finish_eager_step(new_tokens)
     result: torch.Tensor = out
     return result

@@ -79,7 +79,8 @@ class AlisaLayer(CacheLayerMixin):
             new_tokens = key_states.shape[2]
             stage = "decode" if new_tokens == 1 else ("extend" if store.has_history else "prefill")
             append(store, self.index, key_states, value_states, None)
-            keys, values = torch.ops.alisa.kv_read.default(
+            read = torch.ops.alisa.kv_read.tiered if store.is_tiered else torch.ops.alisa.kv_read.default
+            keys, values = read(
                 store.pool,
                 store.scales,
                 store.table,
@@ -95,6 +96,7 @@ class AlisaLayer(CacheLayerMixin):
                 stage,
                 store.spec,
                 store.padded,
+                *store.ticket_argument,
             )
             return keys, values
         with torch.no_grad():
@@ -120,9 +122,10 @@ class AlisaLayer(CacheLayerMixin):
         if total == new_tokens:
             keys, values = key_states, value_states
         else:
-            keys, values = torch.ops.alisa.kv_read.default(
+            read = torch.ops.alisa.kv_read.tiered if store.is_tiered else torch.ops.alisa.kv_read.default
+            keys, values = read(
                 store.pool, store.scales, store.table[..., :total], store.length, store.valid, None, None, None, None,
-                key_states, value_states, self.index, "extend", store.spec, store.padded,
+                key_states, value_states, self.index, "extend", store.spec, store.padded, *store.ticket_argument,
             )  # fmt: skip
         keys.alisa_dense = store.spec  # type: ignore[attr-defined]  # attention.py refuses to take them for sparse
         self.finish_eager_step(new_tokens)
@@ -434,19 +437,15 @@ def append(
         else:
             key, key_scale = quantize_row(key)
             value, value_scale = quantize_row(value)
-    torch.ops.alisa.kv_append.default(
-        store.pool,
-        store.scales,
-        store.table,
-        store.length,
-        store.valid,
-        key,
-        value,
-        key_scale,
-        value_scale,
-        padding_mask,
-        index,
-    )
+    arguments = (
+        store.pool, store.scales, store.table, store.length, store.valid, key, value, key_scale, value_scale,
+        padding_mask, index,
+    )  # fmt: skip
+    # A block may be longer than the device; a single token has its slot already.
+    if store.is_tiered and key.shape[2] > 1:
+        torch.ops.alisa.kv_append.tiered(*arguments, store.spec, *store.ticket_argument)
+    else:
+        torch.ops.alisa.kv_append.default(*arguments)
 
 
 def build_layers(config: PreTrainedConfig, kv_shapes: KVShapes | None = None) -> list[Any]:

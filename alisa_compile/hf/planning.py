@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import AlisaConfig
-from ..errors import CacheError, ConfigError, NotAvailableError
-from ..runtime.budgets import resolve
-from ..runtime.plan import ModelShape, Plan, make_plan
-from ..runtime.profile import MachineProfile, obtain
-from ..runtime.store import StoreShape
+from ..errors import AlisaError, CacheError, ConfigError, NotAvailableError
+from ..runtime.budgets import Budgets, resolve
+from ..runtime.plan import ModelShape, Plan, make_plan, tier_sizes
+from ..runtime.profile import MachineProfile, obtain, profile_path
+from ..runtime.store import Place, StoreShape
+from ..runtime.tiers import TierSizes
 from .cache import AlisaLayer, KVShapes, build_layers, observe_kv_shapes, why_unmanaged
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,60 @@ def plan(
         max_new_tokens=max_new_tokens,
         objective=objective,
     )
+
+
+def budgets_of(model_config: Any, stores: list[StoreShape], config: AlisaConfig) -> Budgets:
+    """The budgets in bytes for stores about to be made, of a model whose weights are loaded.
+
+    model_config: of the model, or of its text decoder. stores: their shapes, one for each K/V shape.
+    """
+    first, text = stores[0], model_config.get_text_config(decoder=True)
+    tokens = first.batch_size * _PREFILL_TOKENS
+    return resolve(config, first.device, 0, _activation_bytes(text, tokens, first.batch_size, first.dtype))
+
+
+def placer(
+    model_config: Any, stores: list[StoreShape], config: AlisaConfig, budgets: Budgets | None = None
+) -> list[Place]:
+    """One `Place` for each store of a cache: together they keep the budgets, whatever the batch size and capacity.
+
+    budgets: default: `budgets_of` these stores, now; storage that is made later must not count against itself. A place
+    costs some arithmetic where everything fits, and raises `InfeasibleError` where nothing would.
+    """
+    limits = budgets or budgets_of(model_config, stores, config)
+    hidden = int(model_config.get_text_config(decoder=True).hidden_size)
+
+    def place(batch_size: int, capacity: int) -> TierSizes | None:
+        shapes = tuple(dataclasses.replace(store, batch_size=batch_size) for store in stores)
+        return tier_sizes(ModelShape(shapes, hidden, 0), config, limits, capacity)
+
+    return [place] * len(stores)
+
+
+def predicted(
+    model: PreTrainedModel,
+    config: AlisaConfig,
+    batch_size: int,
+    prompt_length: int,
+    max_new_tokens: int,
+    budgets: Budgets,
+) -> Plan | None:
+    """The plan of a `generate` that is about to run, for its report; None where this machine has no saved profile.
+
+    Never an error: what goes wrong is logged. Nothing is measured here, because that takes seconds.
+    """
+    try:
+        path = profile_path(model.device, model.dtype)
+        if not path.exists():
+            return None
+        profile = MachineProfile.load(path)
+        text = model.config.get_text_config(decoder=True)
+        shape = model_shape(text, model, batch_size, model.dtype, model.device)
+        run = dataclasses.replace(config, recompute="off")  # what can be run
+        return make_plan(shape, run, budgets, profile, prompt_length=prompt_length, max_new_tokens=max_new_tokens)
+    except (AlisaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        logger.warning("no step times are predicted for the report: %s", error)
+        return None
 
 
 def _device_of(given: Any) -> torch.device:

@@ -2,8 +2,9 @@
 
 Before: kv_append -> kv_read -> scaled_dot_product_attention with a mask. After, by the stage that `kv_read` carries:
 decode: kv_append -> swa_attention -> kv_select; prefill: kv_append -> prefill_attention -> kv_seed; extend (several
-tokens on a history): kv_append -> extend_attention -> kv_seed. Without sparsity nothing is scored or selected. The
-mask and the dense read are left without users and disappear.
+tokens on a history): kv_append -> extend_attention -> kv_seed. Without sparsity nothing is scored or selected. Where
+the rows of a store do not all fit the device: kv_wait before the append, kv_offload -> kv_prefetch at the end. The mask
+and the dense read are left without users and disappear.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from .causal_mask import CausalMask, prove_causal
 
 ops = torch.ops.alisa
 
+READS = (ops.kv_read.default, ops.kv_read.tiered)
+APPENDS = (ops.kv_append.default, ops.kv_append.tiered)
+
 # Position of each argument in the schemas of kv_append and kv_read (see kernels/).
 _APPEND_VALID, _APPEND_MASK, _APPEND_LAYER = 4, 9, 10
 
@@ -60,6 +64,7 @@ class ReadSite:
     stage: str
     spec: str
     padded: bool
+    ticket: fx.Node | None = None  # of a store whose rows do not all fit the device
 
 
 def site_of(read: fx.Node) -> ReadSite:
@@ -73,7 +78,7 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
     writes = Writes(gm.graph)
     paddings: dict[fx.Node, fx.Node | None] = {}  # of each store with padding, by its `valid`
     for node in attention_nodes(gm):
-        reads = [origin for origin in kv_origins(node) if is_op(origin, ops.kv_read.default)]
+        reads = [origin for origin in kv_origins(node) if is_op(origin, *READS)]
         if not reads:
             continue  # another pass knows what its K and V are
         layer = model_layer(node, site_of(reads[0]).layer)
@@ -87,6 +92,10 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
                     raise Refusal("its mask has another padding mask than that of the layers before")
                 if padding is not None and not any(a.args[_APPEND_MASK] for a in _appends(gm, site.valid)):
                     append.update_arg(_APPEND_MASK, padding)
+            if site.ticket is not None:
+                with gm.graph.inserting_before(append):
+                    wait = (site.pool, site.ticket, site.key, site.layer)
+                    insert_call(gm.graph, ops.kv_wait.default, wait, node)
             with gm.graph.inserting_before(node):
                 out = _emit(gm.graph, node, site, padding)
             node.replace_all_uses_with(out)
@@ -104,7 +113,7 @@ def _read_behind(node: fx.Node) -> fx.Node:
         raise Refusal("query, key and value are not positional arguments")
     sources: list[fx.Node] = []
     for place, argument in enumerate(node.args[1:3]):
-        if not (is_call(argument, "getitem") and is_op(argument.args[0], ops.kv_read.default)):
+        if not (is_call(argument, "getitem") and is_op(argument.args[0], *READS)):
             raise Refusal("its K and V do not come from an AlisaCache")
         if argument.args[1] != place:
             raise Refusal("its K and V are swapped")
@@ -115,7 +124,7 @@ def _read_behind(node: fx.Node) -> fx.Node:
 
 
 def _appends(gm: fx.GraphModule, valid: fx.Node) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if is_op(n, ops.kv_append.default) and n.args[_APPEND_VALID] is valid]
+    return [n for n in gm.graph.nodes if is_op(n, *APPENDS) and n.args[_APPEND_VALID] is valid]
 
 
 def _append_of(gm: fx.GraphModule, site: ReadSite) -> fx.Node:
@@ -220,12 +229,16 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
     stored = (
         query, site.pool, site.scales, site.table, site.length, valid, site.rows, site.counts, site.layer,
     )  # fmt: skip
+    tiered = site.ticket is not None
+    ticket = (site.ticket,) if tiered else ()
     if site.stage == "decode":
-        both = call(ops.swa_attention.default, *stored, scale)
+        decode = ops.swa_attention.tiered if tiered else ops.swa_attention.default
+        both = call(decode, *stored, scale, *ticket)
     elif site.stage == "prefill":
         both = call(ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale)
     else:
-        both = call(ops.extend_attention.default, *stored, site.spec, scale)
+        extend = ops.extend_attention.tiered if tiered else ops.extend_attention.default
+        both = call(extend, *stored, site.spec, scale, *ticket)
     out = call(_getitem, both, 0)
     if site.spec:
         mass = call(_getitem, both, 1)
@@ -237,4 +250,8 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
             if isinstance(new_tokens, torch.SymInt):
                 new_tokens = call(torch.ops.aten.sym_size.int, query, 2)
             call(ops.kv_seed.default, *state, new_tokens, site.layer, site.spec)
+    if tiered:
+        rows = (site.pool, site.scales, site.table, site.length)
+        call(ops.kv_offload.default, *rows, site.ticket, site.layer, site.spec)
+        call(ops.kv_prefetch.default, *rows, site.rows, site.counts, site.ticket, site.layer)
     return out

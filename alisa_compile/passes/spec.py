@@ -11,15 +11,23 @@ from torch import fx
 from ..errors import GraphError
 from ..runtime.report import SkipRow
 from .base import attention_nodes, example, is_call, is_op
+from .rewrite_attention import APPENDS, READS
 
 ops = torch.ops.alisa
-_ATTENTION = (ops.swa_attention.default, ops.prefill_attention.default, ops.extend_attention.default)
+_STORED = (
+    ops.swa_attention.default,
+    ops.swa_attention.tiered,
+    ops.extend_attention.default,
+    ops.extend_attention.tiered,
+)
+_ATTENTION = (*_STORED, ops.prefill_attention.default)
 _SCORING = (ops.kv_select.default, ops.kv_seed.default)
 _MASS = 3  # argument of the scoring ops
 _LENGTH_AND_LAYER = {  # arguments that say which store and which of its layers
-    ops.kv_append.default: (3, 10),
-    ops.swa_attention.default: (4, 8),
-    ops.extend_attention.default: (4, 8),
+    **dict.fromkeys(APPENDS, (3, 10)),
+    **dict.fromkeys(_STORED, (4, 8)),
+    ops.kv_offload.default: (3, 5),
+    ops.kv_prefetch.default: (3, 7),
     ops.kv_select.default: (4, 7),
     ops.kv_seed.default: (4, 8),
 }
@@ -32,6 +40,8 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
     2. One append per layer and store, before that layer's attention, which is before its selection.
     3. A dense read survives only where an attention was skipped, and every attention left dense has a reason.
     4. Selection follows attention exactly where rows are selected; without sparsity the graph only appends and attends.
+    5. In a store with tiers each rewritten layer waits once, before its append, and after its attention and selection
+       starts one offload, then one prefetch. No other store waits or moves anything.
     """
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and str(n.target).startswith("alisa.")]
@@ -39,7 +49,7 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
         if node.target._schema.returns and example(node) is None:
             raise GraphError(f"node {node.name} has no recorded value", fix="set meta['val'] where it is inserted")
     _check_appends(nodes, order)
-    dense = [n for n in nodes if is_op(n, ops.kv_read.default) and n.users]
+    dense = [n for n in nodes if is_op(n, *READS) and n.users]
     left = {row.node for row in skipped}
     for node in attention_nodes(gm):
         if node.name not in left:
@@ -47,6 +57,7 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
     if dense and not left:
         raise GraphError(f"{dense[0].name} is used although no attention was skipped")
     _check_scoring(nodes)
+    _check_movement(nodes, order)
 
 
 def _site(node: fx.Node) -> tuple[object, object]:
@@ -55,13 +66,13 @@ def _site(node: fx.Node) -> tuple[object, object]:
 
 
 def _check_appends(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
-    appends = [n for n in nodes if is_op(n, ops.kv_append.default)]
+    appends = [n for n in nodes if is_op(n, *APPENDS)]
     for (length, layer), count in Counter(map(_site, appends)).items():
         if count != 1:
             raise GraphError(f"layer {layer} of {length} is appended to {count} times in one step", expected="once")
     place = {_site(n): order[n] for n in appends}
     for node in nodes:
-        if is_op(node, ops.swa_attention.default, ops.extend_attention.default, *_SCORING):
+        if is_op(node, *_STORED, *_SCORING):
             site = _site(node)
             if site not in place or order[node] < place[site]:
                 raise GraphError(f"{node.name} reads layer {site[1]} before its append")
@@ -82,4 +93,35 @@ def _check_scoring(nodes: list[fx.Node]) -> None:
                 f"{node.name} selects with the attention mass of another layer",
                 got=f"layer {_site(source)[1]}",
                 expected=f"layer {_site(node)[1]}",
+            )
+
+
+def _check_movement(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
+    waits = {(n.args[1], n.args[3]): n for n in nodes if is_op(n, ops.kv_wait.default)}
+    if len(waits) != sum(is_op(n, ops.kv_wait.default) for n in nodes):
+        raise GraphError("a layer waits for its transfers more than once in a step", expected="once")
+    starts = {}
+    for op, ticket in ((ops.kv_offload.default, 4), (ops.kv_prefetch.default, 6)):
+        found = [n for n in nodes if is_op(n, op)]
+        starts[op] = {(n.args[ticket], _site(n)[1]): n for n in found}
+        if len(starts[op]) != len(found) or starts[op].keys() != waits.keys():
+            raise GraphError(f"{op} does not come once for each layer that waits", got=len(found), expected=len(waits))
+    appends = {_site(n): n for n in nodes if is_op(n, *APPENDS)}
+    latest: dict[tuple[object, object], fx.Node] = {}
+    for node in nodes:
+        if is_op(node, *_STORED, *_SCORING):
+            latest[_site(node)] = node
+    for key, wait in waits.items():
+        offload, prefetch = starts[ops.kv_offload.default][key], starts[ops.kv_prefetch.default][key]
+        site = _site(offload)
+        append = appends.get(site)
+        ends = latest.get(site, append)
+        if (
+            append is None
+            or ends is None
+            or not (order[wait] < order[append] <= order[ends] < order[offload] < order[prefetch])
+        ):
+            raise GraphError(
+                f"transfers of layer {site[1]} are out of order",
+                expected="wait, append, attention, selection, offload, prefetch",
             )

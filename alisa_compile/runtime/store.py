@@ -173,6 +173,11 @@ class TokenStore:
         return self.tiers is not None
 
     @property
+    def ticket_argument(self) -> tuple[torch.Tensor, ...]:
+        """What the ops of a store with tiers take as well."""
+        return () if self.ticket is None else (self.ticket,)
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit without growing."""
         return self.table.shape[3]
