@@ -11,8 +11,9 @@ import torch
 from .errors import AlisaError
 from .runtime.plan import Plan
 from .runtime.profile import MachineProfile
-from .runtime.report import Report
+from .runtime.report import Report, merged
 from .runtime.store import TokenStore
+from .runtime.tiers import Tier
 
 
 def report(model_or_cache: Any) -> Report:
@@ -36,19 +37,31 @@ def report(model_or_cache: Any) -> Report:
         if not stores:
             raise AlisaError("there is nothing to report", got=repr(model_or_cache), expected="an AlisaCache in use")
     first = stores[0]
+    statistics = first.statistics
+    peaks = {tier.value: sum(store.statistics.peak_bytes.get(tier.value, 0) for store in stores) for tier in Tier}
+    row_bytes = max(store.row.bytes_per_row * store.groups for store in stores)
+    since_start = [
+        tuple(now - before for now, before in zip(store.counters(), store.statistics.counters_before, strict=True))
+        for store in stores
+    ]
+    phases = zip(*(store.statistics.phases for store in stores), strict=True)
     by_store = [store.sparsity_of_decode_steps() for store in stores]
     return Report(
-        steps=first.statistics.steps,
+        steps=statistics.steps,
         tokens=first.host_length,
         batch_size=first.shape.batch_size,
         capacity=first.capacity,
         sparsity=first.config.sparsity if first.selection else 0.0,
         sparsity_by_step=tuple(sum(steps) / len(stores) for steps in zip(*by_store, strict=True)),
-        peak_bytes={"device": sum(store.statistics.peak_bytes.get("device", 0) for store in stores)},
-        bytes_per_row={"device": max(store.row.bytes_per_row * store.groups for store in stores)},
-        graphs=tuple(first.statistics.graphs.values()),
-        decode_ms=tuple(first.statistics.decode_ms),
-        prefill_ms=tuple(first.statistics.prefill_ms),
+        phase_by_step=tuple(map(max, phases)),
+        peak_bytes=peaks,
+        budget_bytes=statistics.budget_bytes,
+        bytes_per_row={tier: row_bytes for tier, peak in peaks.items() if peak},
+        moved=merged(since_start),
+        graphs=tuple(statistics.graphs.values()),
+        decode_ms=tuple(statistics.decode_ms),
+        prefill_ms=tuple(statistics.prefill_ms),
+        predicted_ms=() if statistics.plan is None else statistics.plan.step_ms,
     )
 
 

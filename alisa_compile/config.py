@@ -37,8 +37,10 @@ class AlisaConfig:
     max_rows: cap on the kept rows; `auto` = grow with the context until a device budget caps it; None = never.
     max_length: tokens to make room for; default: what `generate` knows, else a small start that doubles.
     kv_dtype: `auto` (the model's dtype) or `int8` (symmetric, one float32 scale per token and KV head).
-    device_kv_budget, host_kv_budget, disk_kv_budget: `auto`, bytes, or text such as 6GiB; plans only so far.
-    disk_path: a folder for the disk tier; plans only so far.
+    device_kv_budget, host_kv_budget, disk_kv_budget: hard limits of each tier: `auto`, bytes, or text such as 6GiB.
+        They count all that the store keeps, rows, tables, scores and staging.
+    disk_path: a folder for the file of the disk tier, which no other process can open; default: that for temporary
+        files.
     recompute: `auto`, `off` or `always` rebuild old rows from saved hidden states; plans only so far.
     validate: decode steps checked against dense attention; only 0 is available.
     inner_compiler: what compiles the rewritten graph: `inductor`, or for debugging `aot_eager` or `eager`.
@@ -103,16 +105,8 @@ class AlisaConfig:
 
     def require_available(self) -> AlisaConfig:
         """Refuse what only `plan` understands so far; returns the config. Caches and compiled models ask for this."""
-        for name, default in (
-            ("device_kv_budget", "auto"),
-            ("host_kv_budget", "auto"),
-            ("disk_kv_budget", 0),
-            ("disk_path", None),
-            ("validate", 0),
-        ):
-            value = getattr(self, name)
-            if value != default:
-                raise _not_available(name, value, f"leave it at its default ({default!r})")
+        if self.validate:
+            raise _not_available("validate", self.validate, "leave it at its default (0)")
         if self.recompute == "always":
             raise _not_available("recompute", self.recompute, "leave it at 'auto' or set 'off'")
         return self

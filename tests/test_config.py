@@ -13,6 +13,7 @@ import torch
 
 import alisa_compile
 from alisa_compile import AlisaConfig, AlisaError, ConfigError, NotAvailableError
+from alisa_compile.config import BUDGETS
 from alisa_compile.errors import CacheError, GraphError, InfeasibleError, ProfileError
 
 
@@ -113,11 +114,6 @@ def test_wrong_value(name: str, value: Any, text: str) -> None:
 
 
 LATER: tuple[tuple[str, Any, str], ...] = (
-    ("device_kv_budget", "2GiB", "leave it at its default"),
-    ("device_kv_budget", 0, "leave it at its default"),
-    ("host_kv_budget", 1 << 30, "leave it at its default"),
-    ("disk_kv_budget", "1GiB", "leave it at its default"),
-    ("disk_path", "/tmp", "leave it at its default"),
     ("validate", 8, "leave it at its default"),
     ("recompute", "always", "leave it at 'auto' or set 'off'"),
 )
@@ -136,13 +132,20 @@ def test_what_runs_asks_for_what_is_available() -> None:
     """Caches and compiled modules refuse, before anything is allocated or compiled."""
     hf = pytest.importorskip("transformers")
     config = hf.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(NotAvailableError, match="'device_kv_budget' is not available yet"):
-        alisa_compile.AlisaCache(config, device_kv_budget="1GiB")
-    module = torch.compile(torch.nn.Linear(2, 2), backend="alisa", options={"host_kv_budget": 0})
-    with pytest.raises(Exception, match="'host_kv_budget' is not available yet") as caught:
+    with pytest.raises(NotAvailableError, match="'validate' is not available yet"):
+        alisa_compile.AlisaCache(config, validate=4)
+    module = torch.compile(torch.nn.Linear(2, 2), backend="alisa", options={"recompute": "always"})
+    with pytest.raises(Exception, match="'recompute' is not available yet") as caught:
         module(torch.ones(1, 2))
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), NotAvailableError)
     assert AlisaConfig().require_available() == AlisaConfig()
+
+
+def test_budgets_and_the_disk_are_available() -> None:
+    """However small: what is too little is found where the sizes are known."""
+    options = {"device_kv_budget": 0, "host_kv_budget": "1GiB", "disk_kv_budget": "auto", "disk_path": "/tmp"}
+    config = AlisaConfig.from_options(options)
+    assert config.require_available() is config
 
 
 @pytest.mark.parametrize("name", ("device_kv_budget", "host_kv_budget", "disk_kv_budget"))
@@ -190,7 +193,7 @@ def test_every_option_is_used_or_refused() -> None:
     assert refused < fields
     sources = sorted(Path(alisa_compile.__file__).parent.rglob("*.py"))
     text = "".join(path.read_text(encoding="utf-8") for path in sources if path.name != "config.py")
-    through_a_property = {"policy": "is_sparse", "sparsity": "keep_ratio"}
+    through_a_property = {"policy": "is_sparse", "sparsity": "keep_ratio", **dict.fromkeys(BUDGETS, "budget_bytes")}
     read = {name: through_a_property.get(name, name) for name in fields - refused}
     ignored = sorted(name for name, used in read.items() if not re.search(rf"(config|options)\.{used}\b", text))
     assert not ignored, f"accepted but read nowhere: {ignored}"

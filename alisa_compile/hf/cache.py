@@ -18,6 +18,7 @@ from ..config import AlisaConfig
 from ..errors import CacheError, NotAvailableError
 from ..kernels.quantize_row import quantize_row
 from ..runtime.store import StoreShape, TokenStore
+from ..runtime.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +290,13 @@ class AlisaCache(Cache):
             StoreShape(len(layers), batch_size, kv_heads, head_dim, dtype, device)
             for (kv_heads, head_dim), layers in self._layers_by_shape().items()
         ]
-        self.adopt([TokenStore(shape, self.options, capacity) for shape in shapes])
+        from .planning import budgets_of, placer  # which knows this module's layers
+
+        budgets = budgets_of(self.decoder_config, shapes, self.options)
+        places = placer(self.decoder_config, shapes, self.options, budgets)
+        self.adopt([TokenStore(shape, self.options, capacity, p) for shape, p in zip(shapes, places, strict=True)])
+        for store in self.stores:
+            store.statistics.budget_bytes = {tier.value: getattr(budgets, tier.value) for tier in Tier}
 
     def adopt(self, stores: list[TokenStore]) -> None:
         """Use these stores, one per K/V shape, in the order in which the shapes first appear."""

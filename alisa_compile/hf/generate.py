@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
 import gc
@@ -30,12 +31,18 @@ from ..backend import alisa
 from ..config import AlisaConfig
 from ..errors import CacheError
 from ..passes.causal_mask import PREPARED_OUTSIDE
+from ..runtime.budgets import Budgets, format_bytes
 from ..runtime.report import CompileRow, SkipRow
 from ..runtime.store import TokenStore
 from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged, wrong_batch_size
+from .planning import PREFILL_TOKENS, predicted
 
 logger = logging.getLogger(__name__)
 
+# What a prompt may come with that transformers can cut into chunks.
+_TEXT_INPUTS = frozenset(
+    ("attention_mask", "position_ids", "token_type_ids", "past_key_values", "use_cache", "logits_to_keep")
+)
 _FUSED = ("sdpa", "alisa")  # attention implementations whose graph holds scaled_dot_product_attention
 
 
@@ -64,6 +71,7 @@ class _Call:
     model: Any  # a GenerationMixin
     session: Session
     in_chunks: bool = False  # its prompt is being prefilled in chunks
+    in_pieces: bool = False  # memory is short, so a long prompt is to be prefilled in chunks
     prepared: bool = False  # its cache has been chosen; the next to ask for one is an eager generate inside it
     cache: AlisaCache | None = None
 
@@ -362,6 +370,12 @@ def _prefill_route(model: Any) -> _Route:
         call = _active(model)
         if call is None:
             return original(input_ids, generation_config, *args, **kwargs)
+        chunk = max(1, PREFILL_TOKENS // input_ids.shape[0])
+        is_text = _TEXT_INPUTS.issuperset(args[0] if args else kwargs.get("model_kwargs", {}))
+        if call.in_pieces and is_text and generation_config.prefill_chunk_size is None and input_ids.shape[1] > chunk:
+            # Activations of the whole prompt could take more memory than the budgets save.
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = chunk
         call.in_chunks = generation_config.prefill_chunk_size is not None
         try:
             return original(input_ids, generation_config, *args, **kwargs)
@@ -426,16 +440,59 @@ def _provide_cache(
     call.cache = given
     with _lock:
         call.session.stores, call.session.holder = given.stores, weakref.ref(given)
+    call.in_pieces = any(store.is_tiered for store in given.stores)
+    prompt = _tokens_of(model_kwargs, generation_config, max_cache_length)
+    if call.in_pieces:
+        _predict(call, given, sequences, prompt, max_cache_length + 1 - prompt)
     if not call.session.announced:
         call.session.announced = True
-        logger.info(
-            "alisa: %d of %d layers in the KV store, phase I (everything on the device), %.1f MiB for %d x %d tokens",
-            len(given.managed_layers),
-            len(given.layers),
-            given.nbytes / 2**20,
-            sequences,
-            capacity,
-        )
+        _announce(given, sequences, prompt)
+
+
+def _tokens_of(model_kwargs: dict[str, Any], generation_config: Any, max_cache_length: int) -> int:
+    """Length of the prompt, its history included."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[1])
+    new = generation_config.max_new_tokens
+    return max(1, max_cache_length + 1 - new) if new else 1
+
+
+def _predict(call: _Call, cache: AlisaCache, sequences: int, prompt: int, new_tokens: int) -> None:
+    """Plan the call, so that its report can show what was expected beside what happened."""
+    limits = cache.stores[0].statistics.budget_bytes
+    if limits is None or new_tokens < 1:
+        return
+    budgets = Budgets(**limits, origin=dict.fromkeys(limits, "of the cache"))
+    plan = predicted(call.model, call.session.config, sequences, prompt, new_tokens, budgets)
+    for store in cache.stores:
+        store.statistics.plan = plan
+
+
+def _announce(cache: AlisaCache, sequences: int, prompt: int) -> None:
+    store = cache.stores[0]
+    where = "phase I: everything on the device"
+    if store.tiers is not None:
+        phase = "II" if prompt + 1 > store.tiers.quota else "I"
+        where = f"phase {phase} at the start: {store.tiers.quota} of {store.capacity} positions on the device"
+    sizes: dict[str, int] = {}
+    for each in cache.stores:
+        for tier, nbytes in each.bytes_by_tier().items():
+            sizes[tier] = sizes.get(tier, 0) + nbytes
+    limits = store.statistics.budget_bytes or {}
+    held = ", ".join(
+        f"{tier} {format_bytes(nbytes)}" + (f" of {format_bytes(limits[tier])}" if tier in limits else "")
+        for tier, nbytes in sizes.items()
+    )
+    logger.info(
+        "alisa: %d of %d layers in the KV store, %s; %s for %d x %d tokens",
+        len(cache.managed_layers),
+        len(cache.layers),
+        where,
+        held,
+        sequences,
+        store.capacity,
+    )
 
 
 def _reason_to_stay_out(call: _Call, given: Any, generation_config: Any) -> str | None:
@@ -485,14 +542,15 @@ def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
         free = session.holder is None or session.holder() is None
     # The latest cache may have been the user's, with other options.
     usable = free and bool(stores) and stores[0].config == session.config
-    if usable and stores[0].shape.fits(sequences, model.dtype, model.device):
+    if usable and stores[0].shape.fits(sequences, model.dtype, model.device) and stores[0].suits(capacity):
         for store in stores:
+            budgets = store.statistics.budget_bytes
             store.reset()
-            store.reserve(capacity)
             store.statistics.restart()
+            store.statistics.budget_bytes = budgets
         cache.adopt(stores)
         return cache
-    del stores
+    del stores  # freed before the new ones are made
     cache.allocate(sequences, capacity=capacity, dtype=model.dtype, device=model.device)
     for store in cache.stores:
         store.statistics.graphs = session.graphs

@@ -20,7 +20,7 @@ from .cache import AlisaLayer, KVShapes, build_layers, observe_kv_shapes, why_un
 
 logger = logging.getLogger(__name__)
 
-_PREFILL_TOKENS = 4096  # a longer prompt is read in pieces, so no more have activations at once
+PREFILL_TOKENS = 4096  # a longer prompt is read in pieces, so no more have activations at once
 
 
 def plan(
@@ -65,7 +65,7 @@ def plan(
     # Weights that are there already are no longer in what is free.
     count = shape.parameters if model is None else sum(parameter.numel() for parameter in model.parameters())
     weights = 0 if has_weights else count * dtype.itemsize
-    tokens = batch_size * min(prompt_length, _PREFILL_TOKENS)
+    tokens = batch_size * min(prompt_length, PREFILL_TOKENS)
     budgets = resolve(options_given, place, weights, _activation_bytes(config, tokens, batch_size, dtype))
     return make_plan(
         shape,
@@ -84,7 +84,7 @@ def budgets_of(model_config: Any, stores: list[StoreShape], config: AlisaConfig)
     model_config: of the model, or of its text decoder. stores: their shapes, one for each K/V shape.
     """
     first, text = stores[0], model_config.get_text_config(decoder=True)
-    tokens = first.batch_size * _PREFILL_TOKENS
+    tokens = first.batch_size * PREFILL_TOKENS
     return resolve(config, first.device, 0, _activation_bytes(text, tokens, first.batch_size, first.dtype))
 
 

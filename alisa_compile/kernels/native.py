@@ -8,10 +8,11 @@ kernels are registered they stay.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _lock = threading.Lock()
 _registered: bool | None = None  # None = not tried yet
+_library: Any = None  # the `ctypes.CDLL`, once the kernels are registered
 
 
 def native_first(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +43,7 @@ def native_first(name: str, reference: Callable[..., Any]) -> Callable[..., Any]
 def register_native() -> bool:
     """Build, load and register the kernels if that was not tried yet; whether they serve now."""
     global _registered
-    if os.environ.get("ALISA_NATIVE") == "0":
+    if os.environ.get("ALISA_NATIVE") == "0" and not _registered:
         return False
     with _lock:
         if _registered is None:
@@ -49,17 +51,43 @@ def register_native() -> bool:
         return _registered
 
 
+def tiers_calls() -> dict[str, Callable[[int], bytes | None]]:
+    """The functions of `tiers.cpp` by name, once the kernels serve.
+
+    Each takes the number of a store's state and returns the message of a transfer that failed.
+
+    They are no ops: a dispatch mode (tracing) would get in the way of a state that is collected under it.
+    """
+    calls = {}
+    for name in ("drain", "recover", "close"):
+        calls[name] = getattr(_library, f"alisa_tiers_{name}")
+        calls[name].argtypes, calls[name].restype = [ctypes.c_int64], ctypes.c_char_p
+    return calls
+
+
 def native_source() -> str:
     """The C++ of all kernels as one text: the compile cache is keyed by the text, and would not see included files."""
-    files = (_FOLDER / "native.h", *sorted(_FOLDER.glob("*/native.cpp")), _FOLDER / "register.cpp")
-    lines = (line for file in files for line in file.read_text().splitlines())
-    return "\n".join(line for line in lines if not line.startswith(('#include "', "#pragma once"))) + "\n"
+    seen: set[Path] = set()
+
+    def lines(file: Path) -> Iterator[str]:
+        if file in seen:
+            return
+        seen.add(file)
+        for line in file.read_text().splitlines():
+            if line.startswith('#include "'):
+                yield from lines((file.parent / line.split('"')[1]).resolve())
+            elif not line.startswith("#pragma once"):
+                yield line
+
+    files = (*sorted(_FOLDER.glob("*/native.cpp")), _FOLDER / "tiers.cpp", _FOLDER / "register.cpp")
+    return "\n".join(line for file in files for line in lines(file.resolve())) + "\n"
 
 
 def _try_register() -> bool:
+    global _library
     try:
-        status = load_cpp_library(native_source()).alisa_register()
-        if status != 0:
+        library = load_cpp_library(native_source())
+        if library.alisa_register() != 0:
             raise RuntimeError("torch refused to register the kernels")
     except Exception as error:  # whatever a broken toolchain may raise must not stop a model that can run without it
         reason = str(error).strip().splitlines() or [""]
@@ -70,4 +98,5 @@ def _try_register() -> bool:
             reason[0],
         )
         return False
+    _library = library
     return True

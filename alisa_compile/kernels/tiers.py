@@ -15,14 +15,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from alisa_compile.errors import TierError  # absolute: mypy also sees this folder as `kernels`
+
+from .library import LIBRARY
+from .native import register_native, tiers_calls
 from .selection import decode_spec
 
+_COPIED_POSITIONS = 1024  # on disk at a time, from one sequence to another
+
 #: Places in `TierState.traffic`.
-DEVICE_TO_HOST, HOST_TO_DEVICE, DISK_WRITE, DISK_READ = range(4)
+DEVICE_TO_HOST, HOST_TO_DEVICE, DISK_WRITE, DISK_READ, STALL_NS, DISK_STALL_NS = range(6)
+TRAFFIC_PLACES = 6
+
+
+# Native only, as is all that it leads to: without the native kernels ops copy rows where they are called.
+LIBRARY.define(
+    "tiers_open(int number, Tensor pool, Tensor? scales, Tensor host, Tensor? host_scales, Tensor owner, Tensor below, "
+    "Tensor on_disk, Tensor home, Tensor traffic, Tensor misses, int groups, int quota, int disk, int disk_positions) "
+    "-> ()"
+)
 
 
 class Disk(Protocol):
@@ -48,7 +64,8 @@ class TierState:
     G, host_scales: `[pairs * H, 2, P]` or None. owner: `[N]` int32, the position in each device slot, -1 = free. below:
     `[L]` int64, so many first positions have a row below the device; on_disk: `[L]` int64, so many of them have it on
     disk, the others on the host. home: `[B]` int64, which part of host, disk and
-    pool belongs to a sequence. traffic: `[4]` int64 bytes copied, counted where they are copied. misses: `[L]` int64,
+    pool belongs to a sequence. traffic: `[6]` int64: bytes copied, counted where they are copied;
+    nanoseconds that `kv_wait` has blocked, and how many of those for a transfer with the disk. misses: `[L]` int64,
     rows of the coming step's working sets that found no device slot. staging: `[B * G * S, 2, P, D]` on the device,
     for S positions on their way.
     """
@@ -68,9 +85,44 @@ class TierState:
     disk: Disk | None
     number: int = dataclasses.field(default_factory=itertools.count(1).__next__)
     rows_missed: int = 0  # in all steps so far
+    _calls: dict[str, Callable[[int], bytes | None]] | None = None  # of the native side, from `open` on
+    _closer: weakref.finalize | None = None  # type: ignore[type-arg]
 
     def __post_init__(self) -> None:
         _states[self.number] = self
+
+    def open(self, pool: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Let the native kernels move the rows of a store, if they serve its device: on a thread, while ops compute.
+
+        pool, scales: the store's. They and all tensors of this state must stay the same ones until `close`.
+        """
+        if pool.device.type != "cpu" or not register_native():
+            return
+        torch.ops.alisa.tiers_open(
+            self.number, pool, scales, self.host, self.host_scales, self.owner, self.below, self.on_disk, self.home,
+            self.traffic, self.misses, self.groups, self.quota, -1 if self.disk is None else self.disk.fileno(),
+            0 if self.disk is None else self.disk.positions,
+        )  # fmt: skip
+        self._calls = tiers_calls()
+        self._closer = weakref.finalize(self, self._calls["close"], self.number)
+        self._closer.atexit = False  # the process takes the thread along; nothing is to be waited for then
+
+    def close(self) -> None:
+        """End the thread and let go of the tensors; as when the state is collected."""
+        if self._closer is not None:
+            self._closer()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the native kernels move the rows."""
+        return self._closer is not None and self._closer.alive
+
+    def call(self, name: str) -> str | None:
+        """Call the native side, if it is open: `drain` or `recover`; the message of a transfer that failed."""
+        if self._calls is None or not self.is_open:
+            return None
+        message = self._calls[name](self.number)
+        return None if message is None else message.decode()
 
     @property
     def batch_size(self) -> int:
@@ -221,10 +273,12 @@ class TierState:
                 self.host[mine] = self.host[theirs]
                 if self.host_scales is not None:
                     self.host_scales[mine] = self.host_scales[theirs]
-                if self.disk is not None:
-                    records = torch.empty((int(self.on_disk[layer]), self.row_bytes), dtype=torch.uint8)
-                    self.disk.read(here, 0, records)
-                    self.disk.write(there, 0, records)
+                for first in range(0, int(self.on_disk[layer]), _COPIED_POSITIONS):
+                    assert self.disk is not None
+                    count = min(_COPIED_POSITIONS, int(self.on_disk[layer]) - first)
+                    records = torch.empty((count, self.row_bytes), dtype=torch.uint8)
+                    self.disk.read(here, first, records)
+                    self.disk.write(there, first, records)
 
     def blocks(self, tokens: int, split: int) -> list[tuple[int, int]]:
         """Ranges of positions up to `tokens` that fit the staging, none across position `split`."""
@@ -252,7 +306,19 @@ def state_of(ticket: torch.Tensor) -> TierState:
 
 
 def drain(state: TierState) -> None:
-    """Wait until all started transfers have ended."""
+    """Wait until all started transfers have ended; a TierError if one failed since the last `recover`."""
+    message = state.call("drain")
+    if message is not None:
+        raise TierError(
+            message.removeprefix("alisa: "),
+            got="the disk tier of this cache",
+            fix="reset the cache; set disk_path to a folder on a healthy disk",
+        )
+
+
+def recover(state: TierState) -> None:
+    """Wait until all started transfers have ended, and forget that one failed: all rows are about to be forgotten."""
+    state.call("recover")
 
 
 def first_recent(tokens: int, quota: int, spec: str) -> int:

@@ -35,7 +35,7 @@ def resolve(config: AlisaConfig, device: torch.device, weight_bytes: int, activa
     """
     origin: dict[str, str] = {}
     shared = device.type != "cuda"
-    free = _free_memory() if shared else int(torch.cuda.mem_get_info(device)[0])
+    free = _free_memory() if shared else _free_on_gpu(device)
     host_free = free if shared else _free_memory()
     other = weight_bytes + activation_bytes
 
@@ -71,6 +71,12 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """What the driver has, and what torch's allocator holds for reuse."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
 
 
 def _free_memory() -> int:

@@ -7,9 +7,11 @@ Where the paper is silent or assumes too much:
 - Bytes of a position are symbols of their own (`kv`, and `hidden` for the saved layer inputs that K and V are rebuilt
   from), because rows may be int8 with scales, or have fewer heads than the model's queries: `PAPER_POSITION` is 4blh.
 - The paper moves alpha (s + j) tokens out in every step. Here a row is written once: what leaves is the difference
-  between the old positions (the non-resident ones, and the dynamic ones, whose copy below stays valid) of two steps.
-- The paper has no formula for the tokens that come back. Here: churn x P(not resident) of the dynamic rows, and in the
-  layers that refresh every non-resident row.
+  between the old positions of two steps (the non-resident ones, and `spare` resident ones whose copy below stays valid,
+  so that the coming step's dynamic rows and its new token can have their slots).
+- The paper has no formula for the tokens that come back. Here: churn x P(not resident) of the dynamic rows of the
+  coming step, after a prompt longer than the device the share of them that is old, and in the layers that refresh every
+  non-resident row.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ s, j, b, l, h = sp.symbols("s j b l h", positive=True)  # noqa: E741  (the paper
 alpha, beta = sp.symbols("alpha beta", nonnegative=True)
 B = sp.Symbol("B", positive=True)
 
-#: Working-set rows, the dynamic ones among them, the share of those that are new each step, and of refreshing layers.
-w, g, churn, refresh = sp.symbols("w g churn refresh", nonnegative=True)
+#: Of the coming step: working-set rows, the dynamic ones among them, and the share of these that are new.
+w, g, churn = sp.symbols("w g churn", nonnegative=True)
+#: Share of the layers that refresh in this step and in the coming one.
+refresh, refresh_next = sp.symbols("refresh refresh_next", nonnegative=True)
+#: Resident positions that are old, and 1 where a prompt longer than the device has just seeded the dynamic rows.
+spare, seeds = sp.symbols("spare seeds", nonnegative=True)
 #: Old positions and deleted ones: those of the step before, and the deleted number now.
 old_before, deleted = sp.symbols("old_before deleted", nonnegative=True)
 #: Bytes of one position of all layers and sequences as stored, and of the hidden states it can be rebuilt from.
@@ -37,15 +43,16 @@ T_c, T_r, T_m = sp.symbols("T_c T_r T_m", nonnegative=True)
 
 CONTEXT = s + j
 PAPER_POSITION = 4 * b * l * h
-#: Positions with a copy below the device: the non-resident ones, and the dynamic ones, which the device keeps as well.
-OLD = alpha * CONTEXT + g
+#: Positions with a copy below the device after the step.
+OLD = alpha * CONTEXT + spare
 #: Tokens moved out. Deleted positions are the oldest; one that is deleted at once is never written.
 THETA_C = sp.Max(OLD - sp.Max(old_before, deleted), 0)
 #: Tokens needed from below: the new dynamic rows that are not resident, and where layers refresh, all that are not.
-P_NOT_RESIDENT = alpha * CONTEXT / sp.Max(CONTEXT - w, 1)
-THETA_CHURN = churn * g * P_NOT_RESIDENT
+P_NOT_RESIDENT = alpha * CONTEXT / sp.Max(CONTEXT + 1 - w, 1)
+P_OLD = OLD / sp.Max(CONTEXT + 1 - w + g, 1)
+THETA_CHURN = churn * g * P_NOT_RESIDENT + seeds * g * P_OLD
 THETA_REFRESH = alpha * CONTEXT
-THETA_G = (1 - refresh) * THETA_CHURN + refresh * THETA_REFRESH
+THETA_G = (1 - refresh_next) * THETA_CHURN + refresh * THETA_REFRESH
 #: Which of them are rebuilt instead of loaded: as many as were deleted among the old ones.
 DELETED_SHARE = beta * CONTEXT / sp.Max(OLD, 1)
 LOADED = THETA_G * (1 - DELETED_SHARE)

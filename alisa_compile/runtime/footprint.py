@@ -6,27 +6,36 @@ import torch
 
 from ..config import AlisaConfig
 from ..kernels.swa_attention.reference import score_dtype
+from ..kernels.tiers import TRAFFIC_PLACES
 from .policies import head_groups, selection_spec
 from .store import StoreShape, row_shape
+from .tiers import TierSizes
 
 
 def position_bytes(shape: StoreShape, config: AlisaConfig) -> int:
     """Bytes of K and V of one token position as stored, scales included: all layers and sequences of the store."""
-    groups = head_groups(config, shape.kv_heads)
-    return shape.num_layers * shape.batch_size * groups * row_shape(shape, config).bytes_per_row
+    return _lists(shape, config) * row_shape(shape, config).bytes_per_row
 
 
-def store_bytes(shape: StoreShape, config: AlisaConfig, capacity: int) -> dict[str, int]:
-    """Bytes of everything that a store of this capacity keeps between steps, by kind.
+def owner_bytes(shape: StoreShape, config: AlisaConfig) -> int:
+    """Bytes that a store with tiers keeps for one slot of every (layer, sequence, group) beside the rows."""
+    return _lists(shape, config) * torch.int32.itemsize
 
-    `rows` and `scales` are K and V; they alone move between tiers. The others stay on the device.
+
+def store_bytes(
+    shape: StoreShape, config: AlisaConfig, capacity: int, sizes: TierSizes | None = None
+) -> dict[str, int]:
+    """Bytes on the device of everything that a store of this capacity keeps between steps, by kind.
+
+    `rows` and `scales` are K and V; they alone move between tiers. `owner`, `movement` and `staging` are those of a
+    store with tiers. sizes: of the tiers; None = everything fits the device.
     """
     selection = selection_spec(config)
-    groups = head_groups(config, shape.kv_heads)
-    lists = shape.num_layers * shape.batch_size * groups
+    lists = _lists(shape, config)
     scales = 2 * shape.kv_heads * torch.float32.itemsize if config.kv_dtype == "int8" else 0
-    every_row = position_bytes(shape, config) * capacity
-    every_scale = shape.num_layers * shape.batch_size * scales * capacity
+    slots = capacity if sizes is None else sizes.device
+    every_row = position_bytes(shape, config) * slots
+    every_scale = shape.num_layers * shape.batch_size * scales * slots
     kinds = {
         "rows": every_row - every_scale,
         "scales": every_scale,
@@ -35,16 +44,43 @@ def store_bytes(shape: StoreShape, config: AlisaConfig, capacity: int) -> dict[s
         "valid": shape.batch_size * capacity,
         "scores": 0,
         "working_sets": 0,
+        "owner": 0,
+        "movement": 0,
+        "staging": 0,
     }
     if selection is not None:
         # One more than fits, as in TokenStore: a step that fills the store selects for the token after it.
         ring, width = selection.score_rows(capacity + 1), selection.rows_capacity(capacity + 1)
         kinds["scores"] = lists * ring * capacity * score_dtype(shape.dtype).itemsize
         kinds["working_sets"] = lists * (width + 1) * torch.int32.itemsize + torch.int64.itemsize
+    if sizes is not None:
+        kinds["owner"] = owner_bytes(shape, config) * sizes.device
+        # Of each layer: its place in the ticket, how much is below, how much is on disk, what was missed.
+        numbers = 4 * shape.num_layers + 1 + shape.batch_size + TRAFFIC_PLACES
+        kinds["movement"] = numbers * torch.int64.itemsize
+        kinds["staging"] = layer_bytes(shape, config) * sizes.staging
     return kinds
 
 
-def fixed_bytes(shape: StoreShape, config: AlisaConfig, capacity: int) -> int:
-    """Bytes that stay on the device wherever the rows are: tables, scores and working sets."""
-    kinds = store_bytes(shape, config, capacity)
+def fixed_bytes(shape: StoreShape, config: AlisaConfig, capacity: int, *, tiered: bool = False) -> int:
+    """Bytes on the device that do not depend on how many rows are there: tables, scores and working sets."""
+    kinds = store_bytes(shape, config, capacity, TierSizes(0, 0, 0, 0) if tiered else None)
     return sum(count for kind, count in kinds.items() if kind not in ("rows", "scales"))
+
+
+def layer_bytes(shape: StoreShape, config: AlisaConfig) -> int:
+    """Bytes of K and V of one token position in one layer."""
+    return position_bytes(shape, config) // shape.num_layers
+
+
+def tier_bytes(shape: StoreShape, config: AlisaConfig, capacity: int, sizes: TierSizes | None) -> dict[str, int]:
+    """Bytes by tier, as `TokenStore.bytes_by_tier` has them."""
+    device = sum(store_bytes(shape, config, capacity, sizes).values())
+    if sizes is None:
+        return {"device": device}
+    position = position_bytes(shape, config)
+    return {"device": device, "host": position * sizes.host, "disk": position * sizes.disk}
+
+
+def _lists(shape: StoreShape, config: AlisaConfig) -> int:
+    return shape.num_layers * shape.batch_size * head_groups(config, shape.kv_heads)

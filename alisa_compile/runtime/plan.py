@@ -14,24 +14,27 @@ from tabulate import tabulate
 from ..config import AlisaConfig
 from ..errors import ConfigError, InfeasibleError
 from ..kernels.selection import SelectionSpec
+from ..kernels.tiers import first_recent
 from .budgets import Budgets, format_bytes
-from .footprint import fixed_bytes, position_bytes
+from .footprint import fixed_bytes, layer_bytes, owner_bytes, position_bytes
 from .planner import Below, Ints, Links, Problem, Timeline, search, timeline
 from .policies import selection_spec
 from .profile import Floats, MachineProfile, Table
 from .store import StoreShape, row_shape
+from .tiers import TierSizes
 
 OBJECTIVES = ("overlapped", "paper")
 TIERS = ("device", "host", "disk")
 PHASES = ("I", "II", "III")
 
-#: Positions of one layer that stream through the device at a time (refresh, dense steps, bulk copies, prefill).
-BLOCK = 64
+#: Fewest and most positions of one layer that stream through the device at a time (refresh, dense steps, chunks of a
+#: prompt). Few make many small transfers, and many take room from the rows.
+STAGING = (128, 2048)
 #: Share of the dynamic rows that are new in a step, where the profile has no measurement: measured on novel-7m (prompt
 #: 600, 150 tokens, sparsity 0.8). `hash` draws anew in each step, which needs no measurement.
 DEFAULT_CHURN = {"decay": 0.0015, "ring": 0.0075, "sum": 0.0, "stride": 0.0}
 
-_BUFFERS = 2  # one block moves while the other is in use
+_STAGED_SHARE = 16  # one in so many positions, between the two
 _SMALLEST_CAP = 2  # as the lowest `max_rows`
 
 
@@ -64,9 +67,10 @@ class Plan:
     """Where rows are, what moves and how long each step takes; step 0 is the prefill. Print it, or take `.to_dict()`.
 
     p1, p2: first steps of phases II and III; None = never. alpha, beta: share of all positions that are not on the
-    device, and that were deleted, at the last step. resident_positions, deleted_positions: the same as numbers, for
-    every layer and sequence. max_rows: cap on the working set that the device budget forces; None = none.
-    bytes_by_tier: in use at each step. peak_bytes: as allocated. bytes_moved: in each step. step_ms: predicted.
+    device, and that were deleted, at the last step. resident_positions: those that the device has slots for, of every
+    layer and sequence. deleted_positions: at most. max_rows: cap on the working set that the device budget forces;
+    None = none. bytes_by_tier: in use at each step. peak_bytes: as allocated. bytes_moved: in each step; a prompt that
+    is read in several pieces moves more in step 0. step_ms: predicted.
     """
 
     batch_size: int
@@ -164,20 +168,40 @@ def make_plan(
     if objective not in OBJECTIVES:
         raise ConfigError("the objective is unknown", got=repr(objective), expected=f"one of {', '.join(OBJECTIVES)}")
     demand = Demand(model, config, prompt_length, max_new_tokens)
+    tokens = f"{prompt_length} + {max_new_tokens} tokens"
     placement = demand.place(budgets.device)
     if placement is None or not demand.is_feasible(budgets.device, budgets.host, budgets.disk):
-        raise _infeasible(demand, budgets)
+        raise _infeasible(demand, budgets, tokens)
     problem = _problem(demand, placement, budgets, profile, objective)
     choice = search(problem)
     if choice is None:
-        raise _infeasible(demand, budgets)
+        raise _infeasible(demand, budgets, tokens)
     line = timeline(problem, choice.resident, choice.deleted, choice.p2)
     return _plan(demand, placement, budgets, problem, line, choice.p2, choice.deleted)
 
 
+def tier_sizes(model: ModelShape, config: AlisaConfig, budgets: Budgets, capacity: int) -> TierSizes | None:
+    """Positions that each tier holds for stores of `capacity` positions; None = everything fits the device.
+
+    The same for all stores of the model, so that together they keep each budget. Nothing is deleted and rebuilt here:
+    a plan that needs it cannot be run. `InfeasibleError` as for `make_plan`.
+    """
+    run = dataclasses.replace(config, max_length=None, recompute="off")
+    demand = Demand(model, run, capacity - 1, 1)
+    placement = demand.place(budgets.device)
+    if placement is not None and placement.positions == capacity:
+        return None
+    sizes = None if placement is None else demand.sizes(placement, budgets)
+    if sizes is None:
+        raise _infeasible(demand, budgets, f"{capacity} tokens")
+    return sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """What the device can hold: positions beside the working sets' needs, and the cap on those (None = none)."""
+    """Positions that the device has slots for (all, or fewer and the coming one's among them), and the cap on working
+    sets that this forces; None = none.
+    """
 
     positions: int
     cap: int | None
@@ -215,15 +239,20 @@ class Demand:
         return self.model.layers * self.model.batch_size * row
 
     @property
-    def block(self) -> int:
-        """Bytes of a block of positions in the layer that has the largest rows."""
-        layer = max(position_bytes(store, self.config) // store.num_layers for store in self.model.stores)
-        return min(BLOCK, self.last_position) * layer
+    def slot(self) -> int:
+        """Bytes of one position in a device that does not hold all."""
+        return self.kv + sum(owner_bytes(store, self.config) for store in self.model.stores)
+
+    @property
+    def staged(self) -> int:
+        """Positions of one layer on their way through the device at a time."""
+        least, most = STAGING
+        return min(self.capacity, most, max(least, self.capacity // _STAGED_SHARE))
 
     @property
     def staging(self) -> int:
-        """Bytes of buffers for rows on their way."""
-        return _BUFFERS * self.block
+        """Bytes of these; every store has its own."""
+        return self.staged * sum(layer_bytes(store, self.config) for store in self.model.stores)
 
     @property
     def may_recompute(self) -> bool:
@@ -237,47 +266,58 @@ class Demand:
     def _capped(self, cap: int | None) -> AlisaConfig:
         return self.config if cap is None else dataclasses.replace(self.config, max_rows=cap)
 
-    def fixed(self, cap: int | None) -> int:
-        """Bytes of tables, scores and working sets, which stay on the device."""
-        return sum(fixed_bytes(store, self._capped(cap), self.capacity) for store in self.model.stores)
+    def fixed(self, cap: int | None, *, tiered: bool = True) -> int:
+        """Bytes of tables, scores and working sets, which stay on the device. tiered: where not all rows do."""
+        stores = self.model.stores
+        return sum(fixed_bytes(store, self._capped(cap), self.capacity, tiered=tiered) for store in stores)
 
     def needed(self, cap: int | None) -> int:
         """Positions that have to be on the device at once: the working sets; a dense step streams, all but its own."""
         selection = self.selection(cap)
-        return 1 if selection is None else selection.rows_capacity(self.last_position)
+        return 1 if selection is None else selection.rows_capacity(self.capacity)
 
     def place(self, budget: int) -> Placement | None:
         """What a device budget holds; None = too little for any step."""
-        if self.fixed(None) + self.kv * self.capacity <= budget:
+        if self.fixed(None, tiered=False) + self.kv * self.capacity <= budget:
             return Placement(self.capacity, None)
 
         def room(cap: int | None) -> int:
-            return budget - self.fixed(cap) - self.staging
+            return (budget - self.fixed(cap) - self.staging) // self.slot
 
         def works(cap: int | None) -> bool:
-            return room(cap) >= self.block and room(cap) // self.kv >= self.needed(cap)
+            return room(cap) >= self.needed(cap)
 
         if works(None):
-            return Placement(room(None) // self.kv, None)
+            return Placement(room(None), None)
         if self.config.max_rows != "auto" or self.config.paper or not self.config.is_sparse:
             return None
         if not works(_SMALLEST_CAP):
             return None
         cap = _largest(works, _SMALLEST_CAP, self.needed(None))
-        return Placement(room(cap) // self.kv, cap)
+        return Placement(room(cap), cap)
+
+    def below(self, placement: Placement) -> int:
+        """Most positions that are ever below the device; the store fills before it grows."""
+        if placement.positions == self.capacity:
+            return 0
+        selection = self.selection(placement.cap)
+        return first_recent(self.capacity, placement.positions, "" if selection is None else selection.encode())
+
+    def sizes(self, placement: Placement, budgets: Budgets) -> TierSizes | None:
+        """What the tiers hold where nothing is deleted; None = it does not fit the host and the disk."""
+        below = self.below(placement)
+        host = min(below, budgets.host // self.kv)
+        if (below - host) * self.kv > budgets.disk:
+            return None
+        return TierSizes(placement.positions, host, below - host, self.staged, placement.cap)
 
     def is_feasible(self, device: int, host: int, disk: int) -> bool:
         """Whether some plan keeps within these budgets."""
         placement = self.place(device)
         if placement is None:
             return False
-        if placement.positions >= self.last_position:
-            return True
-        selection = self.selection(placement.cap)
-        dynamic = 0 if selection is None else int(selection.dynamic_rows(self.last_position))
-        old = self.last_position - placement.positions + dynamic
         below = Below(self.kv, self.hidden, host, disk)
-        return below.feasible(old, self.may_recompute, self.config.recompute == "always")
+        return below.feasible(self.below(placement), self.may_recompute, self.config.recompute == "always")
 
 
 def _largest(works: Callable[[int], bool], low: int, high: int) -> int:
@@ -295,12 +335,17 @@ def _problem(
     n = demand.prompt + np.arange(steps, dtype=np.int64)
     selection = demand.selection(placement.cap)
     refresh, churn = np.ones(steps), np.zeros(steps)
-    working_set, dynamic = n, np.zeros_like(n)
+    working_set, next_set, dynamic, refresh_next = n, n + 1, np.zeros_like(n), np.ones(steps)
     if selection is not None:
-        dynamic = np.array([int(selection.dynamic_rows(int(length))) for length in n], dtype=np.int64)
-        working_set = dynamic + np.array([int(selection.local_rows(int(length))) for length in n], dtype=np.int64)
-        refresh[:] = _refresh_shares(demand.model, selection, steps)
-        churn[:] = churn_of(selection, profile, n, working_set, dynamic)
+        contexts = np.arange(demand.prompt, demand.prompt + steps + 1)
+        local, globals_ = (
+            np.array([int(rows(int(length))) for length in contexts], dtype=np.int64)
+            for rows in (selection.local_rows, selection.dynamic_rows)
+        )
+        working_set, next_set, dynamic = (local + globals_)[:-1], (local + globals_)[1:], globals_[1:]
+        shares = _refresh_shares(demand.model, selection, steps + 1)
+        refresh, refresh_next = shares[:-1], shares[1:]
+        churn[:] = churn_of(selection, profile, n + 1, next_set, dynamic)
     refresh[0] = churn[0] = 0  # a dense prefill attends to what it has at hand
     return Problem(
         prompt=demand.prompt,
@@ -310,7 +355,9 @@ def _problem(
         below=Below(demand.kv, demand.hidden, budgets.host, budgets.disk),
         working_set=working_set,
         dynamic=dynamic,
+        next_set=next_set,
         refresh=refresh,
+        refresh_next=refresh_next,
         churn=churn,
         links=_links(demand, profile),
         compute=compute_table(demand.model, demand.config, profile, demand.capacity),
@@ -407,8 +454,8 @@ def _plan(
     p2: int | None,
     deleted: int,
 ) -> Plan:
-    kv, fixed, p1 = demand.kv, demand.fixed(placement.cap), problem.p1
-    fits = placement.positions >= demand.capacity
+    kv, fixed, p1 = demand.kv, _fixed(demand, placement), problem.p1
+    fits = placement.positions == demand.capacity
     staging = 0 if fits else demand.staging
     host = kv * (line.old - line.deleted - line.on_disk) + demand.hidden * line.hidden
     by_tier = {
@@ -417,7 +464,10 @@ def _plan(
         "disk": _whole(kv * line.on_disk),
     }
     peak = {tier: max(steps) for tier, steps in by_tier.items()}
-    peak["device"] = fixed + staging + kv * (placement.positions if p1 is None else int(line.resident.max()))
+    peak["device"] = fixed + staging + kv * placement.positions
+    sizes = demand.sizes(placement, budgets)
+    if p2 is None and sizes is not None:
+        peak |= {"host": kv * sizes.host, "disk": kv * sizes.disk}
     on_disk = np.flatnonzero(line.on_disk)
     last = problem.positions[-1]
     return Plan(
@@ -429,7 +479,7 @@ def _plan(
         p2=p2,
         alpha=float(1 - line.resident[-1] / last),
         beta=float(line.deleted[-1] / last),
-        resident_positions=placement.positions if p1 is None else int(line.resident[-1]),
+        resident_positions=placement.positions,
         deleted_positions=deleted,
         max_rows=placement.cap,
         first_disk_step=int(on_disk[0]) if len(on_disk) else None,
@@ -447,6 +497,13 @@ def _plan(
         step_ms=_ms(line.seconds),
         reasons=_reasons(demand, placement, budgets, problem, line, p2, staging),
     )
+
+
+def _fixed(demand: Demand, placement: Placement) -> int:
+    """Bytes on the device beside rows and staging."""
+    if placement.positions == demand.capacity:
+        return demand.fixed(None, tiered=False)
+    return demand.fixed(placement.cap) + (demand.slot - demand.kv) * placement.positions
 
 
 def _whole(values: Any) -> tuple[int, ...]:
@@ -467,18 +524,19 @@ def _reasons(
     staging: int,
 ) -> dict[str, str]:
     """By phase, tier or variable, a few words each; a phase that never is has none."""
-    kv, p1, fixed = demand.kv, problem.p1, demand.fixed(placement.cap)
+    kv, p1, fixed = demand.kv, problem.p1, _fixed(demand, placement)
     size = f"{format_bytes(budgets.device)} ({budgets.origin['device']})"
     reasons = {}
     if p1 is None:
         reasons["I"] = "everything fits the device"
         whole = format_bytes(fixed + staging + kv * placement.positions)
-        reasons["device"] = f"all {demand.capacity} positions take {whole} of {size}"
+        which = "all" if placement.positions == demand.capacity else f"{placement.positions} of"
+        reasons["device"] = f"{which} {demand.capacity} positions take {whole} of {size}"
     else:
         if p1 > 0:
             reasons["I"] = "until here everything fits the device"
         if p2 != p1:
-            reasons["II"] = f"position {int(problem.positions[p1])} does not fit the device"
+            reasons["II"] = f"position {int(problem.positions[p1]) + 1} does not fit the device"
         reasons["device"] = (
             f"{size} holds {placement.positions} positions of {format_bytes(kv)}, beside {format_bytes(fixed)} of "
             f"tables and scores and {format_bytes(staging)} of staging"
@@ -518,9 +576,9 @@ def _about_recompute(demand: Demand, problem: Problem, line: Timeline, p2: int |
     return "0, because loading K and V is not slower than rebuilding them"
 
 
-def _infeasible(demand: Demand, budgets: Budgets) -> InfeasibleError:
+def _infeasible(demand: Demand, budgets: Budgets, tokens: str) -> InfeasibleError:
     given = {tier: getattr(budgets, tier) for tier in TIERS}
-    everything = demand.fixed(None) + demand.staging + (demand.kv + demand.hidden) * demand.capacity
+    everything = demand.fixed(None) + demand.staging + (demand.slot + demand.hidden) * demand.capacity
     smallest = {}
     for tier in TIERS:
         if demand.is_feasible(**{**given, tier: everything}):
@@ -535,7 +593,7 @@ def _infeasible(demand: Demand, budgets: Budgets) -> InfeasibleError:
     fix += f", or use a context of at most {longest} tokens" if longest else "; no context at all fits"
     got = ", ".join(f"{tier} {format_bytes(size)} ({budgets.origin[tier]})" for tier, size in given.items())
     return InfeasibleError(
-        f"{demand.prompt} + {demand.new_tokens} tokens do not fit the KV budgets",
+        f"{tokens} do not fit the KV budgets",
         got=got,
         expected=_expected(demand, given),
         fix=fix,
@@ -547,19 +605,13 @@ def _infeasible(demand: Demand, budgets: Budgets) -> InfeasibleError:
 def _expected(demand: Demand, given: dict[str, int]) -> str:
     kv = format_bytes(demand.kv)
     if demand.place(given["device"]) is not None:
-        return f"room for all {demand.last_position} positions of {kv} on the three tiers together"
+        return f"room for all {demand.capacity} positions of {kv} on the three tiers together"
     capped = demand.config.max_rows == "auto" and demand.config.is_sparse and not demand.config.paper
     cap = _SMALLEST_CAP if capped else None
-    needs = {
-        "the prefill block": demand.block,
-        "the working sets of all layers": demand.needed(cap) * demand.kv,
-        "one new position": demand.kv,
-    }
-    largest = max(needs, key=lambda name: needs[name])
-    rest = demand.fixed(cap) + demand.staging
+    needs = "the working sets of all layers" if demand.config.is_sparse else "one new position"
     return (
-        f"on the device at least {format_bytes(rest)} of tables, scores and staging, and "
-        f"{format_bytes(needs[largest])} for {largest}"
+        f"on the device at least {format_bytes(demand.fixed(cap))} of tables and scores, "
+        f"{format_bytes(demand.staging)} of staging, and {format_bytes(demand.needed(cap) * demand.slot)} for {needs}"
     )
 
 

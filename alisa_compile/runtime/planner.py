@@ -3,10 +3,12 @@
 Step 0 is the prefill; step j >= 1 appends token j, so that s + j positions exist. The phases:
 
 I    every position is on the device.
-II   from p1, the first step at which they no longer fit: R positions stay, the others are on the host (the oldest on
-     disk where the host is full). Below the device are all positions but the R - g most recent, so that the g dynamic
-     rows of the working set can be dropped without being written again: at p1 they go down in one bulk copy, after
-     that one position a step (write-behind).
+II   from p1, the first step after which the coming token has no slot left: R positions stay, the others are on the
+     host (the oldest on disk where the host is full). Below the device are all positions but the R - g - 1 most recent,
+     so that the g dynamic rows of the working set and the coming token can take slots of rows that need not be written
+     again: at p1 they go down in one bulk copy, after that one position a step (write-behind). After a step's attention
+     the rows of the coming working set that are not resident come up; where layers refresh, every row that is not
+     resident streams through the device during attention.
 III  from p2: K and V of the D oldest positions are deleted, and rebuilt from saved hidden states when needed. Those
      states go to the host when their token is produced, because nothing could make them later.
 
@@ -87,8 +89,9 @@ class Problem:
 
     prompt, steps: s, and the number of forward passes. most_resident, least_resident: positions that the device's
     budget holds, and that the working sets need. below: the room for the others, all layers and sequences together.
-    working_set, dynamic: rows a step attends to, and the dynamic ones among them.
-    refresh: share of layers that attend to everything. churn: share of the dynamic rows that are new.
+    working_set: rows a step attends to. next_set, dynamic: rows that the coming step attends to, and the dynamic ones
+    among them. refresh, refresh_next: share of layers that attend to everything, in a step and in the coming one.
+    churn: share of the dynamic rows that are new.
     compute: seconds of a step by rows attended. recompute: seconds by positions rebuilt, from (0, 0).
     prefill_seconds: compute of step 0. may_recompute: whether beta may be above 0; must_recompute: it is 1 of all old
     positions, from p1 on.
@@ -100,8 +103,10 @@ class Problem:
     least_resident: int
     below: Below
     working_set: Ints
+    next_set: Ints
     dynamic: Ints
     refresh: Floats
+    refresh_next: Floats
     churn: Floats
     links: Links
     compute: Table
@@ -118,9 +123,15 @@ class Problem:
 
     @property
     def p1(self) -> int | None:
-        """First step at which not all positions are on the device."""
-        beyond = max(0, self.most_resident + 1 - self.prompt)
+        """First step after which not all positions and the coming one have room on the device."""
+        beyond = max(0, self.most_resident - self.prompt)
         return beyond if beyond < self.steps else None
+
+    def old(self, resident: int) -> Ints:
+        """Positions below the device after each step from p1 on, if it holds `resident` ones."""
+        n = self.positions
+        old: Ints = np.minimum(n, n - resident + self.dynamic + 1)
+        return old
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +187,7 @@ def _alphas(problem: Problem) -> Iterator[int]:
 
 def _betas(problem: Problem, resident: int) -> list[int]:
     """Numbers of deleted positions that leave room for the others."""
-    below, old = problem.below, int(problem.positions[-1]) - resident + int(problem.dynamic[-1])
+    below, old = problem.below, int(problem.old(resident)[-1])
     if problem.must_recompute:
         return [old] if below.fits(old, old, old) else []
     if not problem.may_recompute:
@@ -197,7 +208,7 @@ def _best_p2(problem: Problem, resident: int, count: int, p1: int) -> Choice | N
         line = timeline(problem, resident, 0, None)
         return Choice(resident, 0, None, float(line.seconds.sum())) if line.fits.all() else None
     before, after = timeline(problem, resident, count, None), timeline(problem, resident, count, 0)
-    change = timeline(problem, resident, count, 0, disk_end_before=before.on_disk)
+    change = timeline(problem, resident, count, 0, on_disk_before=before.on_disk)
     starts = np.arange(p1, p1 + 1 if problem.must_recompute else problem.steps)
     spent = np.concatenate(([0.0], np.cumsum(before.seconds)))
     left = np.concatenate((np.cumsum(after.seconds[::-1])[::-1], [0.0]))
@@ -212,18 +223,17 @@ def _best_p2(problem: Problem, resident: int, count: int, p1: int) -> Choice | N
 
 
 def timeline(
-    problem: Problem, resident: int, count: int, p2: int | None, *, disk_end_before: Ints | None = None
+    problem: Problem, resident: int, count: int, p2: int | None, *, on_disk_before: Ints | None = None
 ) -> Timeline:
     """Every step, with the `count` oldest positions deleted from step p2 on (0: from p1 on).
 
-    disk_end_before: by step, how far the oldest rows on disk reach; given to price each step as if it were p2.
+    on_disk_before: by step, the rows on disk while nothing is deleted; given to price each step as if it were p2.
     """
     n, steps = problem.positions, np.arange(problem.steps)
     p1 = problem.steps if problem.p1 is None else problem.p1
     below, deletes = steps >= p1, steps >= (problem.steps if p2 is None else p2)
-    dynamic = np.where(below, problem.dynamic, 0)
     away = np.where(below, n - resident, 0)
-    old = away + dynamic
+    old = np.where(below, problem.old(resident), 0)
     deleted = np.where(deletes, np.minimum(count, old), 0)
     hidden = np.minimum(count, n)
     on_disk, fits = problem.below.on_disk(old, deleted, hidden), problem.below.fits(old, deleted, hidden)
@@ -231,9 +241,11 @@ def timeline(
     kv, hidden_bytes = problem.below.kv, problem.below.hidden
     links, alpha = problem.links, away / n
     values = {
-        "s": problem.prompt, "j": steps, "alpha": alpha, "beta": deleted / n, "g": dynamic, "w": problem.working_set,
-        "churn": problem.churn, "refresh": problem.refresh, "old_before": _previous(old), "deleted": deleted,
-        "kv": kv, "hidden": hidden_bytes, "B_down": links.down, "B_up": links.up, "B_hidden": links.hidden_up,
+        "s": problem.prompt, "j": steps, "alpha": alpha, "beta": deleted / n, "g": np.where(below, problem.dynamic, 0),
+        "w": problem.next_set, "churn": problem.churn, "refresh": problem.refresh,
+        "refresh_next": problem.refresh_next, "spare": old - away, "seeds": below & (steps == 0),
+        "old_before": _previous(old), "deleted": deleted, "kv": kv, "hidden": hidden_bytes,
+        "B_down": links.down, "B_up": links.up, "B_hidden": links.hidden_up,
     }  # fmt: skip
 
     def evaluate(expression: Any) -> Floats:
@@ -242,10 +254,15 @@ def timeline(
     loaded, rebuilt = evaluate(cost.LOADED), evaluate(cost.REBUILT)
     new_hidden = hidden_bytes * (hidden - _previous(hidden))
     disk_end = deleted + on_disk
-    end_before = _previous(disk_end if disk_end_before is None else disk_end_before)
+    end_before = _previous(disk_end if on_disk_before is None else on_disk_before)
     disk_written = kv * np.maximum(0, disk_end - np.maximum(end_before, deleted))
-    # What is needed lies on disk as often as the old positions do.
-    disk_read = kv * (loaded + rebuilt) * on_disk / np.maximum(old, 1)
+    # What is needed lies on disk as often as the old positions do: for a refresh those of the step before.
+    share_before = _previous(on_disk if on_disk_before is None else on_disk_before) / np.maximum(_previous(old), 1)
+    entering, streaming = evaluate(cost.THETA_CHURN), evaluate(cost.THETA_REFRESH)
+    sparse_next = 1 - problem.refresh_next
+    disk_read = kv * (
+        sparse_next * entering * on_disk / np.maximum(old, 1) + problem.refresh * streaming * share_before
+    )
     transfer = (
         evaluate(cost.TRANSFER)
         + new_hidden / links.hidden_down
@@ -255,8 +272,8 @@ def timeline(
     sparse, share = 1 - problem.refresh, evaluate(cost.DELETED_SHARE)
     compute = sparse * problem.compute.at(problem.working_set) + problem.refresh * problem.compute.at(n)
     compute[0] = problem.prefill_seconds
-    recompute = sparse * problem.recompute.at(evaluate(cost.THETA_CHURN) * share)
-    recompute = recompute + problem.refresh * problem.recompute.at(evaluate(cost.THETA_REFRESH) * share)
+    recompute = sparse_next * problem.recompute.at(entering * share)
+    recompute = recompute + problem.refresh * problem.recompute.at(streaming * share)
     seconds = cost.compiled(cost.OBJECTIVES[problem.objective])(T_c=compute, T_r=recompute, T_m=transfer)
     moved = {
         "device_to_host": kv * evaluate(cost.THETA_C) + new_hidden,

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
-from typing import Any
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
+
+from .budgets import format_bytes
+from .tiers import Tier
+
+if TYPE_CHECKING:  # plan imports store, which imports this
+    from .plan import Plan
+
+#: What a store counts since its start; `stalled_ns`: waiting for transfers, `disk_stalled_ns`: of this, for the disk.
+COUNTERS = (
+    "device_to_host",
+    "host_to_device",
+    "disk_write",
+    "disk_read",
+    "stalled_ns",
+    "disk_stalled_ns",
+    "rows_missed",
+)
+_WIDTH = 79
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +50,46 @@ class CompileRow:
 
 
 class RunStatistics:
-    """Counters of one store; `graphs` may be shared by the successive stores of one compiled model."""
+    """Counters of one store; `graphs` may be shared by the successive stores of one compiled model.
+
+    plan: of the call that runs, if there is one. budget_bytes: by tier, those that the store was placed within; None =
+    it was placed without. counters_before: of the store, as in COUNTERS, before the first step.
+    """
 
     def __init__(self, graphs: dict[int, CompileRow] | None = None) -> None:
         self.graphs: dict[int, CompileRow] = {} if graphs is None else graphs
-        self.decode_ms: list[float] = []
-        self.decode_steps: list[tuple[int, int, int]] = []  # length, tokens since the last dense block, sparse layers
-        self.prefill_ms: list[float] = []
-        self.steps = 0
         self.peak_bytes: dict[str, int] = {}
+        self.plan: Plan | None = None
+        self.budget_bytes: dict[str, int] | None = None
+        self.counters_before = (0,) * len(COUNTERS)
+        self.restart()
 
     def restart(self) -> None:
-        """Forget the steps; graphs and peaks stay."""
-        self.decode_ms, self.decode_steps = [], []
-        self.prefill_ms, self.steps = [], 0
+        """Forget the steps and the plan; graphs, peaks and budgets stay."""
+        self.decode_ms: list[float] = []
+        # Length, tokens since the last dense block, sparse layers.
+        self.decode_steps: list[tuple[int, int, int]] = []
+        self.prefill_ms: list[float] = []
+        self.phases: list[str] = []
+        self.plan = None
+
+    @property
+    def steps(self) -> int:
+        """Forward passes."""
+        return len(self.phases)
 
     def note_bytes(self, tier: str, nbytes: int) -> None:
         """Remember the peak of a tier."""
         self.peak_bytes[tier] = max(self.peak_bytes.get(tier, 0), nbytes)
 
-    def note_step(self, new_tokens: int, length: int, since: int, sparse_layers: int, elapsed_ms: float) -> None:
-        """One forward pass has run. On a GPU the time is that of the launch, not of the kernels."""
-        self.steps += 1
+    def note_step(
+        self, new_tokens: int, length: int, since: int, sparse_layers: int, elapsed_ms: float, phase: str
+    ) -> None:
+        """One forward pass has run. On a GPU the time is that of the launch, not of the kernels.
+
+        phase: `I`, or `II` from the first step on that has rows below the device.
+        """
+        self.phases.append(phase)
         if new_tokens == 1:
             self.decode_ms.append(elapsed_ms)
             self.decode_steps.append((length, since, sparse_layers))
@@ -64,6 +103,8 @@ class Report:
 
     Sparsity and step times are those of steps of one token; the blocks of assisted decoding are not in them.
     `step_ms` is the compiled call alone; Dynamo's guards and transformers' own work between steps are not in it.
+    phases: of each step. moved: by name in COUNTERS, in these steps. predicted_ms: of each step of the plan, the
+    prefill first; none without a plan. budget_bytes: None = not known. Other bytes are by tier as well.
     """
 
     steps: int
@@ -72,22 +113,28 @@ class Report:
     capacity: int
     sparsity: float
     sparsity_by_step: tuple[float, ...]
+    phase_by_step: tuple[str, ...]
     peak_bytes: dict[str, int]
+    budget_bytes: dict[str, int] | None
     bytes_per_row: dict[str, int]
+    moved: dict[str, int]
     graphs: tuple[CompileRow, ...]
     decode_ms: tuple[float, ...]
     prefill_ms: tuple[float, ...]
+    predicted_ms: tuple[float, ...] = ()
     left_out: tuple[SkipRow, ...] = ()  # why the latest call had no AlisaCache, for each attention layer
 
     @classmethod
     def without_cache(cls, left_out: tuple[SkipRow, ...]) -> Report:
         """Of a call that used transformers' own cache."""
-        return cls(0, 0, 0, 0, 0.0, (), {}, {}, (), (), (), left_out)
+        nothing = dict.fromkeys(COUNTERS, 0)
+        return cls(0, 0, 0, 0, 0.0, (), (), {}, None, {}, nothing, (), (), (), left_out=left_out)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the key names that scripts rely on. Parts not built yet are None or zero."""
+        """Plain data, with the key names that scripts rely on. What is not known is None."""
+        tiers = [tier.value for tier in Tier]
         return {
-            "phases": [{"phase": "I", "first_step": 0, "last_step": self.steps - 1}] if self.steps else [],
+            "phases": self.phases,
             "steps": self.steps,
             "tokens": self.tokens,
             "batch_size": self.batch_size,
@@ -95,19 +142,37 @@ class Report:
             "sparsity": self.sparsity,
             "effective_sparsity": self.effective_sparsity,
             "effective_sparsity_by_step": list(self.sparsity_by_step),
-            "peak_bytes": dict(self.peak_bytes),
-            "budget_bytes": {"device": None, "host": None, "disk": 0},
+            "peak_bytes": {tier: self.peak_bytes.get(tier, 0) for tier in tiers},
+            "budget_bytes": {tier: None if self.budget_bytes is None else self.budget_bytes[tier] for tier in tiers},
             "bytes_per_row": dict(self.bytes_per_row),
-            "bytes_moved": {"device_to_host": 0, "host_to_device": 0, "disk_write": 0, "disk_read": 0},
+            "bytes_moved": self.bytes_moved,
+            "misses": self.moved["rows_missed"],
             "rows_recomputed": 0,
             "graphs_compiled": len(self.graphs),
             "recompiles": self.recompiles,
             "rewritten": {row.stage: row.rewritten for row in self.graphs},
             "step_ms": self.step_ms,
             "prefill_ms": list(self.prefill_ms),
-            "predicted_step_ms": None,
+            "predicted_step_ms": self.predicted_step_ms,
+            "stall_ms": self.moved["stalled_ns"] / 1e6,
+            "disk_stall_ms": self.moved["disk_stalled_ns"] / 1e6,
             "skipped": [dataclasses.asdict(row) for row in self.skipped],
         }
+
+    @property
+    def phases(self) -> list[dict[str, Any]]:
+        """{phase, first_step, last_step}, in order; step 0 is the first forward pass."""
+        found, first = [], 0
+        for name, steps in itertools.groupby(self.phase_by_step):
+            last = first + len(list(steps)) - 1
+            found.append({"phase": name, "first_step": first, "last_step": last})
+            first = last + 1
+        return found
+
+    @property
+    def bytes_moved(self) -> dict[str, int]:
+        """Between tiers, in all steps; copies inside the device are not in it."""
+        return {name: self.moved[name] for name in COUNTERS[:4]}
 
     @property
     def effective_sparsity(self) -> float:
@@ -126,6 +191,11 @@ class Report:
         }
 
     @property
+    def predicted_step_ms(self) -> float | None:
+        """Median of the plan's decode steps; None without a plan."""
+        return statistics.median(self.predicted_ms[1:]) if self.predicted_ms[1:] else None
+
+    @property
     def recompiles(self) -> int:
         """Graphs beyond the first of each stage."""
         return len(self.graphs) - len({row.stage for row in self.graphs})
@@ -135,29 +205,57 @@ class Report:
         """Attention left dense, each case once."""
         return tuple(dict.fromkeys((*self.left_out, *(row for graph in self.graphs for row in graph.skipped))))
 
-    def __str__(self) -> str:
-        step = self.step_ms
+    def _rows(self) -> list[tuple[str, str]]:
+        step, predicted = self.step_ms, self.predicted_step_ms
+        times = "no decode step yet"
+        if step["p50"] is not None:
+            times = f"{step['p50']:.2f} / {step['p99']:.2f} ms"
         rows = [
-            ("phase", "I (all KV on the device)"),
+            *((f"phase {phase['phase']}", _phase(phase)) for phase in self.phases),
             ("forward passes", f"{self.steps} ({len(self.decode_ms)} decode steps), batch {self.batch_size}"),
             ("tokens stored", f"{self.tokens} of {self.capacity} per sequence"),
             ("sparsity", f"{self.sparsity:.0%} asked, {self.effective_sparsity:.1%} on average, refresh included"),
-            *((f"peak bytes, {tier}", _bytes(count)) for tier, count in self.peak_bytes.items()),
-            *((f"bytes per row, {tier}", f"{count} B") for tier, count in self.bytes_per_row.items()),
-            ("bytes moved", "0 (everything fits)"),
-            (
-                "step time, p50 / p99",
-                "no decode step yet" if step["p50"] is None else f"{step['p50']:.2f} / {step['p99']:.2f} ms",
-            ),
+        ]
+        for tier, peak in self.peak_bytes.items():
+            limit = "" if self.budget_bytes is None else f" of {format_bytes(self.budget_bytes[tier])}"
+            if peak or tier == Tier.DEVICE.value:
+                each = f", {self.bytes_per_row[tier]} B a row" if tier in self.bytes_per_row else ""
+                rows.append((f"peak bytes, {tier}", f"{format_bytes(peak)}{limit}{each}"))
+        moved = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in self.bytes_moved.items() if n)
+        rows.append(("bytes moved", moved or "0"))
+        if self.moved["rows_missed"]:
+            rows.append(("rows missed", f"{self.moved['rows_missed']}: no slot was free, so attention fetched them"))
+        rows.append(("step time, p50 / p99", times))
+        if predicted is not None:
+            rows.append(("step time, predicted", f"{predicted:.2f} ms"))
+        if self.moved["stalled_ns"]:
+            stalled, disk = (self.moved[name] / 1e6 for name in ("stalled_ns", "disk_stalled_ns"))
+            rows.append(("waited for transfers", f"{stalled:.2f} ms in all, {disk:.2f} ms of it for the disk"))
+        return [
+            *rows,
             ("graphs compiled", _graphs(self.graphs)),
             ("recompiles", str(self.recompiles)),
             ("attention left dense", _skips(self.skipped)),
         ]
-        return str(tabulate(rows, tablefmt="simple", disable_numparse=True))
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        left = _WIDTH - max(len(name) for name, _ in rows) - 2
+        wrapped = [(name, textwrap.fill(text, left)) for name, text in rows]
+        return str(tabulate(wrapped, tablefmt="simple", disable_numparse=True))
+
+    def _repr_html_(self) -> str:
+        return str(tabulate(self._rows(), tablefmt="html", disable_numparse=True))
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
+def merged(counters: Sequence[tuple[int, ...]]) -> dict[str, int]:
+    """Counters of several stores, as in COUNTERS, added up by name."""
+    return dict(zip(COUNTERS, map(sum, zip(*counters, strict=True)), strict=True))
+
+
+def _phase(phase: dict[str, Any]) -> str:
+    where = "all rows on the device" if phase["phase"] == "I" else "rows below the device"
+    return f"steps {phase['first_step']} to {phase['last_step']}: {where}"
 
 
 def _graphs(graphs: tuple[CompileRow, ...]) -> str:

@@ -17,10 +17,10 @@ from ..kernels.kv_append.tiered import place_rows
 from ..kernels.kv_select.reference import choose
 from ..kernels.selection import SPARSE_BLOCK, SelectionSpec
 from ..kernels.swa_attention.reference import score_dtype
-from ..kernels.tiers import TierState, drain
+from ..kernels.tiers import TRAFFIC_PLACES, TierState, drain, recover
 from .disk import DiskFile
 from .policies import head_groups, selection_spec
-from .report import RunStatistics
+from .report import COUNTERS, RunStatistics
 from .tiers import Pool, RowForm, RowShape, Tier, TierSizes, identity_table
 
 #: Sizes of the tiers for a batch size and a capacity; None = everything fits the device.
@@ -76,9 +76,8 @@ class TokenStore:
         self.config = config
         self.groups = head_groups(config, shape.kv_heads)
         self.row = row_shape(shape, config)
-        self.selection = selection_spec(config)
-        # Read while tracing: strings and flags become constants and guards of the graph.
-        self.spec = self.selection.encode() if self.selection else ""
+        self.selection: SelectionSpec | None = None
+        self.spec = ""  # read while tracing: strings and flags become constants and guards of the graph
         self.is_int8 = self.row.form is RowForm.KV_INT8
         self.padded = True
         self.has_history = False
@@ -89,6 +88,7 @@ class TokenStore:
         self._in_step = False
         self._sparse_layers = 0
         self._place = place
+        self._counted = (0,) * len(COUNTERS)  # of tiers that are no more
         self.tiers: TierState | None = None
         self.ticket: torch.Tensor | None = None
         self.broken: TierError | None = None  # rows are lost until the next reset
@@ -103,6 +103,8 @@ class TokenStore:
         lists = shape.num_layers * shape.batch_size * groups
         sizes = None if self._place is None else self._place(shape.batch_size, capacity)
         slots = lists * (capacity if sizes is None else sizes.device)
+        cap = None if sizes is None else sizes.max_rows
+        selection = selection_spec(self.config if cap is None else dataclasses.replace(self.config, max_rows=cap))
         tiers = ticket = disk = None
         scores = rows = counts = origin = None
         try:
@@ -118,9 +120,9 @@ class TokenStore:
                 ticket[-1] = tiers.number
             length = torch.zeros(shape.num_layers, dtype=torch.int64, device=device)
             valid = torch.ones((shape.batch_size, capacity), dtype=torch.bool, device=device)
-            if self.selection is not None:
+            if selection is not None:
                 # One more than fits: a step that fills the store selects for the token that growth makes room for.
-                ring, width = self.selection.score_rows(capacity + 1), self.selection.rows_capacity(capacity + 1)
+                ring, width = selection.score_rows(capacity + 1), selection.rows_capacity(capacity + 1)
                 scores = torch.zeros((*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device)
                 rows = torch.zeros((*leading, width), dtype=torch.int32, device=device)
                 counts = torch.full(leading, -1, dtype=torch.int32, device=device)
@@ -136,6 +138,9 @@ class TokenStore:
         self.table, self.length, self.valid = table, length, valid
         self.scores, self.rows, self.counts, self.origin = scores, rows, counts, origin
         self.tiers, self.ticket, self.disk = tiers, ticket, disk
+        self.selection, self.spec = selection, selection.encode() if selection else ""
+        if tiers is not None:
+            tiers.open(pool.rows, pool.scales)
         self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
         for tier, nbytes in self.bytes_by_tier().items():
             self.statistics.note_bytes(tier, nbytes)
@@ -160,7 +165,7 @@ class TokenStore:
             below=torch.zeros(shape.num_layers, dtype=torch.int64),
             on_disk=torch.zeros(shape.num_layers, dtype=torch.int64),
             home=torch.arange(shape.batch_size),
-            traffic=torch.zeros(4, dtype=torch.int64),
+            traffic=torch.zeros(TRAFFIC_PLACES, dtype=torch.int64),
             misses=torch.zeros(shape.num_layers, dtype=torch.int64),
             staging=staging.rows,
             staging_scales=staging.scales,
@@ -292,6 +297,8 @@ class TokenStore:
             self.scores.zero_()
         self.attend_to_all()
         self.broken = None
+        if self.tiers is not None:
+            recover(self.tiers)
         self._forget_from(0)
         self.has_history = False
         self.host_length = 0
@@ -377,8 +384,10 @@ class TokenStore:
         those that are kept more than once are copied.
         """
         if len(index) != self.shape.batch_size:
-            statistics = self.statistics
-            vars(self).update(vars(self._copy_of(index)))
+            other, statistics = self._copy_of(index), self.statistics
+            counted = self.counters()
+            vars(self).update(vars(other))
+            self._counted = counted
             self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
             self.statistics = statistics
             for tier, nbytes in self.bytes_by_tier().items():
@@ -410,6 +419,12 @@ class TokenStore:
             tensor.copy_(tensor[:, index])
         self.valid.copy_(self.valid[index])
 
+    def suits(self, capacity: int) -> bool:
+        """Whether the storage serves a new sequence of so many tokens: large enough, and no tiers if all would fit."""
+        if self.capacity < capacity:
+            return False
+        return self.tiers is None or self._place is None or self._place(self.shape.batch_size, capacity) is not None
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, by doubling; contents are kept. Not inside a compiled step."""
         if tokens <= self.capacity:
@@ -422,6 +437,7 @@ class TokenStore:
         except InfeasibleError:  # twice as many do not fit the budgets; what is asked for may
             self._allocate(tokens)
         self._take_rows(old, list(range(self.shape.batch_size)), self.host_length)
+        self._counted = old.counters()
         self.length.copy_(length)
         self._set_origin(self.host_origin)
         self.valid[:, :old_capacity] = valid
@@ -470,10 +486,20 @@ class TokenStore:
             )
         if new_tokens == 1:
             self._make_room()
+        if self.statistics.steps == 0:
+            self.statistics.counters_before = self.counters()
         self._step_started = time.perf_counter()
         self._length_before = self.host_length
         self._in_step = True
         self._sparse_layers = 0
+
+    def counters(self) -> tuple[int, ...]:
+        """What was moved, waited for and missed since the store was made, as in `COUNTERS`; waits for transfers."""
+        if self.tiers is None:
+            return self._counted
+        drain(self.tiers)
+        now = (*self.tiers.traffic.tolist(), self.tiers.rows_missed)
+        return tuple(earlier + count for earlier, count in zip(self._counted, now, strict=True))
 
     def note_sparse_layers(self, count: int) -> None:
         """So many layers of this step attend to their working set; the report must not claim it of the others."""
@@ -488,7 +514,8 @@ class TokenStore:
         self._in_step = False
         elapsed_ms = (time.perf_counter() - self._step_started) * 1e3
         since = self.host_length - self.host_origin
-        self.statistics.note_step(new_tokens, self.host_length, since, self._sparse_layers, elapsed_ms)
+        phase = "II" if self.tiers is not None and bool(self.tiers.below.any()) else "I"
+        self.statistics.note_step(new_tokens, self.host_length, since, self._sparse_layers, elapsed_ms, phase)
         if self.host_length >= self.capacity:
             self.reserve(self.host_length + 1)
 

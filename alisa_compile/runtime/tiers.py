@@ -57,13 +57,15 @@ class TierSizes:
     """Positions of each (layer, sequence, group) that the tiers of a store hold, and that are staged at a time.
 
     device: slots, the coming token's included. host, disk: together they take whatever the device does not keep.
-    staging: positions of one layer that stream through the device at a time.
+    staging: positions of one layer that stream through the device at a time. max_rows: cap on the working set that the
+    device's budget forces; None = none beside the option's.
     """
 
     device: int
     host: int
     disk: int
     staging: int
+    max_rows: int | None = None
 
 
 @dataclasses.dataclass

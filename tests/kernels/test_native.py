@@ -658,6 +658,7 @@ def test_opcheck_with_the_native_kernels() -> None:
 def untried(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As in a process that has not called an op yet."""
     monkeypatch.setattr(native, "_registered", None)
+    monkeypatch.setattr(native, "_library", native._library)
     monkeypatch.delenv("ALISA_NATIVE", raising=False)
     return monkeypatch
 

@@ -17,26 +17,29 @@ def test_bytes_of_a_position() -> None:
 
 
 def test_tokens_moved_out() -> None:
-    """alpha (s + j) old positions, and the dynamic ones; only what is new among them is written."""
+    """alpha (s + j) old positions, and resident ones to spare; only what is new among them is written."""
     moved = cost.compiled(cost.THETA_C)
-    first = moved(alpha=0.25, s=96, j=4, g=10, old_before=0, deleted=0)
+    first = moved(alpha=0.25, s=96, j=4, spare=10, old_before=0, deleted=0)
     assert first == 0.25 * 100 + 10  # the bulk copy at p1
-    assert moved(alpha=26 / 101, s=96, j=5, g=10, old_before=35, deleted=0) == pytest.approx(1)
-    assert moved(alpha=0.25, s=96, j=4, g=10, old_before=0, deleted=20) == 15  # what is deleted at once is not
-    assert moved(alpha=0.1, s=96, j=4, g=0, old_before=35, deleted=0) == 0  # fewer old ones: nothing comes by it
-    assert sp.simplify(cost.THETA_C.subs({cost.g: 0, cost.old_before: 0, cost.deleted: 0})) == cost.alpha * cost.CONTEXT
+    assert moved(alpha=26 / 101, s=96, j=5, spare=10, old_before=35, deleted=0) == pytest.approx(1)
+    assert moved(alpha=0.25, s=96, j=4, spare=10, old_before=0, deleted=20) == 15  # what is deleted at once is not
+    assert moved(alpha=0.1, s=96, j=4, spare=0, old_before=35, deleted=0) == 0  # fewer old ones: nothing comes by it
+    nothing = {cost.spare: 0, cost.old_before: 0, cost.deleted: 0}
+    assert sp.simplify(cost.THETA_C.subs(nothing)) == cost.alpha * cost.CONTEXT
 
 
 def test_tokens_moved_in() -> None:
-    """churn x P(not resident) of the dynamic rows; where layers refresh, all that is not resident."""
+    """churn x P(not resident) of the coming dynamic rows; where layers refresh, all that is not resident."""
     moved = cost.compiled(cost.THETA_G)
-    numbers = {"alpha": 0.4, "s": 90, "j": 10, "w": 20, "g": 10}
-    assert moved(**numbers, churn=0.5, refresh=0) == pytest.approx(10 * 0.5 * 40 / 80)
-    assert moved(**numbers, churn=0.5, refresh=1) == pytest.approx(40)
-    assert moved(**numbers, churn=0.5, refresh=0.25) == pytest.approx(0.75 * 2.5 + 0.25 * 40)
-    assert moved(**{**numbers, "alpha": 0.0}, churn=1, refresh=1) == 0
+    numbers = {"alpha": 0.4, "s": 90, "j": 10, "w": 21, "g": 10, "spare": 11, "seeds": 0}
+    assert moved(**numbers, churn=0.5, refresh=0, refresh_next=0) == pytest.approx(10 * 0.5 * 40 / 80)
+    assert moved(**numbers, churn=0.5, refresh=1, refresh_next=1) == pytest.approx(40)
+    assert moved(**numbers, churn=0.5, refresh=0.5, refresh_next=0.25) == pytest.approx(0.75 * 2.5 + 0.5 * 40)
+    assert moved(**{**numbers, "alpha": 0.0}, churn=1, refresh=1, refresh_next=0) == 0
+    # After a prompt longer than the device, 51 of the 90 positions that are not local are old.
+    assert moved(**{**numbers, "seeds": 1}, churn=0, refresh=0, refresh_next=0) == pytest.approx(10 * 51 / 90)
     # P is a probability: with only the working set resident, every other row is missing.
-    assert cost.compiled(cost.P_NOT_RESIDENT)(alpha=0.8, s=90, j=10, w=20) == 1
+    assert cost.compiled(cost.P_NOT_RESIDENT)(alpha=0.8, s=90, j=10, w=21) == 1
 
 
 def test_transfer_reduces_to_the_paper() -> None:
@@ -53,6 +56,7 @@ def test_rebuilt_rows_cost_their_hidden_states() -> None:
     """Half of the old positions deleted: half of what is needed comes as hidden states, over their own rate."""
     numbers = {
         "alpha": 0.4, "beta": 0.2, "s": 90, "j": 10, "w": 20, "g": 0, "churn": 0, "refresh": 1,
+        "refresh_next": 1, "spare": 0, "seeds": 0,
         "old_before": 40, "deleted": 20, "kv": 100, "hidden": 50, "B_down": 1, "B_up": 10, "B_hidden": 5,
     }  # fmt: skip
     assert cost.compiled(cost.DELETED_SHARE)(**numbers) == pytest.approx(0.5)

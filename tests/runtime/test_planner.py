@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ import alisa_compile
 from alisa_compile import AlisaConfig, ConfigError, InfeasibleError, NotAvailableError
 from alisa_compile.runtime import budgets as budgets_module
 from alisa_compile.runtime.budgets import Budgets
-from alisa_compile.runtime.footprint import fixed_bytes, position_bytes, store_bytes
-from alisa_compile.runtime.plan import BLOCK, ModelShape, Plan, make_plan
+from alisa_compile.runtime.footprint import fixed_bytes, position_bytes, store_bytes, tier_bytes
+from alisa_compile.runtime.plan import ModelShape, Plan, make_plan
 from alisa_compile.runtime.planner import Below, Links, Problem, search, timeline
 from alisa_compile.runtime.profile import MachineProfile, Table
 from alisa_compile.runtime.store import StoreShape, TokenStore
+from alisa_compile.runtime.tiers import TierSizes
 from tests.support import tiny_model
 
 CPU = torch.device("cpu")
@@ -95,9 +97,11 @@ def random_problem(seed: int) -> Problem:
     rng = random.Random(seed)
     prompt, steps = rng.randint(1, 8), rng.randint(1, 9)
     last = prompt + steps - 1
-    local = [rng.randint(1, max(1, (prompt + j) // 3)) for j in range(steps)]
-    dynamic = sorted(rng.randint(0, max(0, (prompt + j) // 3)) for j in range(steps))
-    working = [min(prompt + j, a + b) for j, (a, b) in enumerate(zip(local, dynamic, strict=True))]
+    contexts = range(prompt, prompt + steps + 1)
+    local = [rng.randint(1, max(1, n // 3)) for n in contexts]
+    dynamic = sorted(rng.randint(0, max(0, n // 3)) for n in contexts)
+    working = [min(n, a + b) for n, a, b in zip(contexts, local, dynamic, strict=True)]
+    shares = [rng.choice((0.0, 0.0, 0.5, 1.0)) for _ in contexts]
     least = max(working)
     most = rng.randint(least, max(least, last + 1))
     kv = rng.choice((100, 64))
@@ -118,9 +122,11 @@ def random_problem(seed: int) -> Problem:
         most_resident=most,
         least_resident=least,
         below=Below(kv, hidden, host, rng.choice((0, kv * rng.randint(0, last)))),
-        working_set=np.array(working),
-        dynamic=np.array(dynamic),
-        refresh=np.array([0.0, *(rng.choice((0.0, 0.0, 0.5, 1.0)) for _ in range(steps - 1))]),
+        working_set=np.array(working[:-1]),
+        next_set=np.array(working[1:]),
+        dynamic=np.array(dynamic[1:]),
+        refresh=np.array([0.0, *shares[1:-1]]),
+        refresh_next=np.array(shares[1:]),
         churn=np.array([0.0, *(rng.random() for _ in range(steps - 1))]),
         links=Links(*link),
         compute=table(1.0, 2),
@@ -148,17 +154,19 @@ def brute_cost(p: Problem, resident: int, count: int, p2: int) -> float:
     p2 = steps: never.
     """
     kv, hidden, link = p.below.kv, p.below.hidden, p.links
-    starts = [j for j in range(p.steps) if p.prompt + j > p.most_resident]
+    starts = [j for j in range(p.steps) if p.prompt + j >= p.most_resident]
     written: set[int] = set()  # positions that the host or disk was given
     on_disk_before: set[int] = set()
     hidden_before: set[int] = set()
     old_count = 0
+    disk_share_before = 0.0
     total = 0.0
     for j in range(p.steps):
         n = p.prompt + j
         away = n - resident if j in starts else 0
         dynamic = int(p.dynamic[j]) if j in starts else 0
-        old = list(range(away + dynamic))
+        # Slots for the coming step: its dynamic rows, and its token.
+        old = list(range(min(n, away + dynamic + 1) if j in starts else 0))
         gone = set(old[:count]) if j >= p2 else set()
         kept = [position for position in old if position not in gone]
         states = set(range(min(count, n)))
@@ -169,19 +177,25 @@ def brute_cost(p: Problem, resident: int, count: int, p2: int) -> float:
             return math.inf
         new = [position for position in kept if position >= old_count and position not in written]
         share = len(gone) / max(len(old), 1)
-        w, rho = int(p.working_set[j]), float(p.refresh[j])
-        entering = float(p.churn[j]) * dynamic * away / max(n - w, 1)
-        needed = (1 - rho) * entering + rho * away
+        w, rho, rho_next = int(p.working_set[j]), float(p.refresh[j]), float(p.refresh_next[j])
+        others = n + 1 - int(p.next_set[j])  # neither local nor dynamic in the coming step
+        entering = float(p.churn[j]) * dynamic * away / max(others, 1)
+        if j == 0:
+            entering += dynamic * len(old) / max(others + dynamic, 1)
+        needed = (1 - rho_next) * entering + rho * away
         transfer = kv * len(new) / link.down + hidden * len(states - hidden_before) / link.hidden_down
         transfer += kv * needed * (1 - share) / link.up + hidden * needed * share / link.hidden_up
         transfer += kv * len([x for x in disk if x > max(on_disk_before, default=-1)]) / link.disk_write
-        transfer += kv * needed * len(disk) / max(len(old), 1) / link.disk_read
+        read = (1 - rho_next) * entering * len(disk) / max(len(old), 1) + rho * away * disk_share_before
+        transfer += kv * read / link.disk_read
         compute = (1 - rho) * interpolate(p.compute, w) + rho * interpolate(p.compute, n)
         if j == 0:
             compute = p.prefill_seconds
-        compute += (1 - rho) * interpolate(p.recompute, entering * share) + rho * interpolate(p.recompute, away * share)
+        compute += (1 - rho_next) * interpolate(p.recompute, entering * share)
+        compute += rho * interpolate(p.recompute, away * share)
         total += max(compute, transfer) if p.objective == "overlapped" else compute + transfer
         written.update(kept)
+        disk_share_before = len(disk) / max(len(old), 1)
         old_count = max(old_count, len(old))
         on_disk_before, hidden_before = on_disk_before | disk | gone, states
     return total
@@ -189,14 +203,14 @@ def brute_cost(p: Problem, resident: int, count: int, p2: int) -> float:
 
 def brute_force(p: Problem) -> float:
     """The least over every R, D and p2."""
-    starts = [j for j in range(p.steps) if p.prompt + j > p.most_resident]
+    starts = [j for j in range(p.steps) if p.prompt + j >= p.most_resident]
     if not starts:
         return brute_cost(p, p.most_resident, 0, p.steps)
     last = p.prompt + p.steps - 1
     best = math.inf
     for resident in range(p.least_resident, p.most_resident + 1):
         best = min(best, brute_cost(p, resident, 0, p.steps))
-        for count in range(1, last - resident + int(p.dynamic[-1]) + 1 if p.may_recompute else 1):
+        for count in range(1, min(last, last - resident + int(p.dynamic[-1]) + 1) + 1 if p.may_recompute else 1):
             for p2 in range(starts[0], p.steps):
                 best = min(best, brute_cost(p, resident, count, p2))
     return best
@@ -233,8 +247,10 @@ def test_greedy_alpha_would_fail() -> None:
         least_resident=1,
         below=Below(100, 10, 400, 0),
         working_set=20 + np.arange(steps),
+        next_set=21 + np.arange(steps),
         dynamic=np.zeros(steps, dtype=np.int64),
         refresh=np.array([0.0, 1.0, 1.0]),
+        refresh_next=np.ones(steps),
         churn=np.zeros(steps),
         links=Links(*[1e6] * 6),
         compute=Table(((1.0, 1.0),)),
@@ -289,33 +305,40 @@ def opt_30b() -> ModelShape:
 def test_opt_30b_at_the_setting_of_the_paper() -> None:
     """b 64, s 128, n 512, 16 GiB for KV in float16: 4blh = 88.1 MB a position, so about 180 fit and p1 is about 54.
 
-    Exactly: from 16 GiB go the residency table and the validity bits of 640 positions and two blocks of one layer.
+    Exactly: from 16 GiB go the residency table and the validity bits of 640 positions, 128 staged positions of one
+    layer, the numbers of the tiers, and the owner of each slot.
     """
     position = 4 * 64 * 48 * 7168
     assert position == 88_080_384
     table, valid, length = 48 * 64 * 640 * 4, 64 * 640, 48 * 8
-    staging = 2 * 64 * (position // 48)
-    fits = (16 * GIB - table - valid - length - staging) // position
+    staging, movement, slot = 128 * (position // 48), 8 * (4 * 48 + 1 + 64 + 6), position + 48 * 64 * 4
+    fits = (16 * GIB - table - valid - length - movement - staging) // slot
     assert fits == 192
     plan = planned(16 * GIB, 128 * GIB, prompt=128, new=512, shape=opt_30b(), sparsity=0.0)
     assert plan.position_bytes == position and plan.resident_positions == fits
-    assert plan.p1 == fits + 1 - 128 == 65
+    assert plan.p1 == fits - 128 == 64
     assert plan.alpha == pytest.approx(1 - fits / (128 + 511))
     # 16e9 bytes are 181.7 positions, less 2.8 of staging and tables.
-    assert planned(16 * 10**9, 128 * GIB, prompt=128, new=512, shape=opt_30b(), sparsity=0.0).p1 == 178 + 1 - 128
+    assert planned(16 * 10**9, 128 * GIB, prompt=128, new=512, shape=opt_30b(), sparsity=0.0).p1 == 178 - 128
     sparse = planned(16 * GIB, 128 * GIB, prompt=128, new=512, shape=opt_30b())
     scores, sets = 48 * 64 * 640 * 4, 48 * 64 * (128 + 1) * 4 + 8
-    assert sparse.fixed_bytes == table + valid + length + scores + sets
-    assert sparse.p1 == (16 * GIB - sparse.fixed_bytes - staging) // position + 1 - 128
+    without_owners = table + valid + length + movement + scores + sets
+    fits = (16 * GIB - without_owners - staging) // slot
+    assert sparse.fixed_bytes == without_owners + fits * (slot - position)
+    assert sparse.p1 == fits - 128
 
 
 def test_prompt_larger_than_the_device() -> None:
-    """p1 = 0: the prefill itself leaves, all but the most recent positions and those that may be dropped."""
+    """p1 = 0: the prefill itself leaves, all but the most recent positions: the others' slots are for the coming
+    step, of its dynamic rows and its token. The dynamic rows among those that left come back at once.
+    """
     plan = planned(200_000, sinks=0, refresh=0)
     assert plan.p1 == 0 and plan.phases[0]["phase"] == "II"
     dynamic = 30  # a tenth of 300
     moved = plan.bytes_moved["device_to_host"]
-    assert moved[0] == plan.position_bytes * (300 - plan.resident_positions + dynamic)
+    left = 300 - plan.resident_positions + dynamic + 1
+    assert moved[0] == plan.position_bytes * left
+    assert plan.bytes_moved["host_to_device"][0] == round(plan.position_bytes * dynamic * left / (301 - 30))
     # From then on one position a step, and one more whenever a dynamic row more may be dropped.
     later = [count // plan.position_bytes for count in moved[1:]]
     assert set(later) == {1, 2} and sum(later) == 99 + 10
@@ -331,17 +354,18 @@ def test_refresh_streams_what_is_not_resident() -> None:
     for step in range(1, 100):
         away = 300 + step - plan.resident_positions
         turn = sum((step + index) % 32 == 0 for index in range(4))
-        assert up[step] == pytest.approx(turn * layer * away + (1 - turn / 4) * calm_up[step], abs=1), step
+        coming = sum((step + 1 + index) % 32 == 0 for index in range(4))  # has no working set to fetch
+        assert up[step] == pytest.approx(turn * layer * away + (1 - coming / 4) * calm_up[step], abs=1), step
     assert sum(up) > 2 * sum(calm_up)
 
 
 def test_churn_policy_moves_much() -> None:
-    """At 0.8 sparsity 8 of 9 dynamic rows are new in each step; P(not resident) of them is what is not resident."""
+    """At 0.8 sparsity 8 of 9 dynamic rows are new in each step; of these, those come that were not resident."""
     plan = planned(250_000, policy="churn")
     step, n = 50, 350
     local = dynamic = 35
     away = n - plan.resident_positions
-    expected = plan.position_bytes * dynamic * (1 - dynamic / (n - local)) * away / (n - local - dynamic)
+    expected = plan.position_bytes * dynamic * away / (n + 1 - local)
     assert plan.bytes_moved["host_to_device"][step] == round(expected)
     local_only = planned(250_000, policy="local")
     assert not any(local_only.bytes_moved["host_to_device"]) and any(local_only.bytes_moved["device_to_host"])
@@ -349,8 +373,9 @@ def test_churn_policy_moves_much() -> None:
 
 def test_measured_churn_replaces_the_default() -> None:
     calm, busy = (planned(250_000, refresh=0, machine=profile(churn={"decay": share})) for share in (0.01, 0.5))
-    pairs = zip(calm.bytes_moved["host_to_device"], busy.bytes_moved["host_to_device"], strict=True)
-    assert all(b == pytest.approx(50 * a, abs=30) for a, b in pairs)
+    pairs = list(zip(calm.bytes_moved["host_to_device"], busy.bytes_moved["host_to_device"], strict=True))
+    assert all(b == pytest.approx(50 * a, abs=30) for a, b in pairs[1:])
+    assert pairs[0][0] == pairs[0][1] > 0  # what the prefill seeds is no churn
     assert sum(busy.bytes_moved["host_to_device"]) > 0
 
 
@@ -449,14 +474,15 @@ def test_smallest_budget_works_and_one_byte_less_does_not(options: dict[str, Any
 
 
 def test_smallest_budget_is_the_largest_need() -> None:
-    """Working sets of all layers, a block of one layer, or a single position, beside tables and staging."""
-    for options, rows in (({"max_rows": None, "sinks": 0}, 80), ({"sparsity": 0.0}, 64 / 4)):
+    """Working sets of all layers, or a single position, beside tables and staging."""
+    for options, rows in (({"max_rows": None, "sinks": 0}, 80), ({"sparsity": 0.0}, 1)):
         with pytest.raises(InfeasibleError) as caught:
             planned(100, **options)
         config, capacity = AlisaConfig(**options), 400
-        position = position_bytes(store(), config)
-        staging = 2 * BLOCK * position // 4
-        expected = fixed_bytes(store(), config, capacity) + staging + rows * position
+        position, owners = position_bytes(store(), config), 4 * 4
+        expected = (
+            fixed_bytes(store(), config, capacity, tiered=True) + 128 * position // 4 + rows * (position + owners)
+        )
         assert caught.value.smallest_budgets == {"device": expected}
 
 
@@ -560,7 +586,7 @@ def test_more_host_is_never_worse(host: int, more: int, link: float) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("capacity", (2, 77))
 def test_bytes_are_those_of_the_store(options: dict[str, Any], dtype: torch.dtype, capacity: int) -> None:
-    """By kind and in sum, so that the plan cannot drift from what the store allocates."""
+    """By kind and in sum, so that the plan cannot drift from what the store allocates; with tiers and without."""
     shape, config = store(dtype=dtype, batch_size=3), AlisaConfig(**options)
     made = TokenStore(shape, config, capacity)
     kinds = store_bytes(shape, config, capacity)
@@ -577,8 +603,27 @@ def test_bytes_are_those_of_the_store(options: dict[str, Any], dtype: torch.dtyp
         "valid": size(made.valid),
         "scores": size(made.scores),
         "working_sets": size(made.rows, made.counts, made.origin),
+        "owner": 0,
+        "movement": 0,
+        "staging": 0,
     }
     assert kinds["rows"] + kinds["scales"] == position_bytes(shape, config) * capacity
+    for sizes in (TierSizes(capacity - 1, capacity, 0, 2), TierSizes(1, 0, capacity, capacity)):
+        below = TokenStore(shape, config, capacity, lambda *_, sizes=sizes: sizes)
+        tiers, kinds = below.tiers, store_bytes(shape, config, capacity, sizes)
+        assert tiers is not None and kinds | {
+            "rows": size(below.pool),
+            "scales": size(below.scales),
+            "owner": size(tiers.owner),
+            "movement": size(
+                below.ticket, tiers.below, tiers.on_disk, tiers.home, tiers.traffic, tiers.misses
+            ),
+            "staging": size(tiers.staging, tiers.staging_scales),
+        } == kinds  # fmt: skip
+        assert tier_bytes(shape, config, capacity, sizes) == below.bytes_by_tier()
+        assert below.bytes_by_tier()["device"] == sum(kinds.values())
+        if below.disk is not None:
+            assert os.fstat(below.disk.fileno()).st_size == below.bytes_by_tier()["disk"]
 
 
 # the public function
@@ -616,7 +661,7 @@ def test_plan_of_a_config_reads_no_weights() -> None:
         config, batch_size=64, prompt_length=128, max_new_tokens=512, device_kv_budget="16GiB",
         host_kv_budget="128GiB", profile=profile(), sparsity=0.0,
     )  # fmt: skip
-    assert plan.p1 == 65 and plan.position_bytes == 4 * 64 * 48 * 7168
+    assert plan.p1 == 64 and plan.position_bytes == 4 * 64 * 48 * 7168
 
 
 def test_kv_heads_as_the_model_makes_them() -> None:

@@ -56,7 +56,7 @@ def test_table(profile: str, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert plan(profile, *TIERED) == 0
     out, err = capsys.readouterr()
     assert out.startswith("batch 1, prompt 900, 100 new tokens")
-    assert re.search(r"^II +0 +99 +\d+ KiB +[\d.]+ MiB +0 B +[\d.]+ ms +position 900", out, re.MULTILINE)
+    assert re.search(r"^II +0 +99 +\d+ KiB +[\d.]+ MiB +0 B +[\d.]+ ms +position 901", out, re.MULTILINE)
     assert "beta: 0, because recomputing cannot win" in out
     assert max(map(len, out.splitlines())) <= 80
     assert "alisa: planning" in err
@@ -163,7 +163,7 @@ def test_prompt_length_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     assert "required: --prompt-length" in capsys.readouterr().err
 
 
-def test_other_commands_still_refuse_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands_still_refuse_recomputation(capsys: pytest.CaptureFixture[str]) -> None:
     """What only a plan understands is not accepted and ignored elsewhere."""
-    assert cli.main(["generate", "--model", str(MODEL), "--prompt", "a", "--device-kv-budget", "1GiB", "--quiet"]) == 2
-    assert "'device_kv_budget' is not available yet" in capsys.readouterr().err
+    assert cli.main(["generate", "--model", str(MODEL), "--prompt", "a", "--recompute", "always", "--quiet"]) == 2
+    assert "'recompute' is not available yet" in capsys.readouterr().err

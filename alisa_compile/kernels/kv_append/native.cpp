@@ -18,6 +18,7 @@ void write_rows(const Tensor& source, const Tensor& target, const Tensor& table,
     for (int64_t g = 0; g < groups; ++g) {
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t slot = slots[(b * groups + g) * capacity + start + t];
+        require(slot >= 0, "alisa: a new token has no slot on the device");
         for (int64_t p = 0; p < heads; ++p) {
           const char* from = source.data<char>() +
                              bytes * (b * source.stride[0] + (g * heads + p) * source.stride[1] + t * source.stride[2]);

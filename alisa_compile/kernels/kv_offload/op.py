@@ -25,4 +25,5 @@ define(
     "-> ()",
     kv_offload,
     _fake,
+    native=True,
 )

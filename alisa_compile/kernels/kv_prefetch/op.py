@@ -26,4 +26,5 @@ define(
     "Tensor(d!) ticket, int layer) -> ()",
     kv_prefetch,
     _fake,
+    native=True,
 )

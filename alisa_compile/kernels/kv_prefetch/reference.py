@@ -19,8 +19,8 @@ def kv_prefetch(
 
     pool, scales, table, length, rows, counts: as in `swa_attention`, after `kv_select`. ticket: see `kernels/tiers.py`.
     Entering rows take free slots, then slots of rows that are below the device and not in the working set, each in
-    order of slot; one more slot is kept for the coming token. Where slots are too few the last rows stay below, and
-    count as misses.
+    order of slot; one more slot is kept for the coming token, in the last resort one of the working set. Rows for which
+    slots are too few stay below, and count as misses.
     """
     state = state_of(ticket)
     drain(state)
@@ -40,11 +40,14 @@ def kv_prefetch(
             reserve = int(tokens < capacity and int(place[tokens]) < 0)
             entering = (wanted[:tokens] & (place[:tokens] < 0)).nonzero().flatten()
             free = (owner < 0).nonzero().flatten()
-            spare = ((owner >= 0) & (owner < below) & ~wanted[owner.long().clamp_min(0)]).nonzero().flatten()
-            slots = torch.cat((free, spare))
-            fit = max(0, min(len(entering), len(slots) - reserve))
-            missed += len(entering) - fit
-            entering, slots = entering[:fit], slots[: fit + reserve]
+            cached = (owner >= 0) & (owner < below)
+            unwanted = cached & ~wanted[owner.long().clamp_min(0)]
+            spare = torch.cat((free, unwanted.nonzero().flatten()))
+            fit = max(0, min(len(entering), len(spare) - reserve))
+            # Where every slot is wanted, the coming token has to take one of them.
+            slots = torch.cat((spare, (cached & ~unwanted).nonzero().flatten()))[: fit + reserve]
+            missed += len(entering) - fit + max(0, len(slots) - len(spare))
+            entering = entering[:fit]
             left = owner[slots].long()
             place[left[left >= 0]] = -1
             owner[slots] = -1

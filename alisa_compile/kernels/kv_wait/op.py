@@ -12,4 +12,4 @@ def _fake(pool: torch.Tensor, ticket: torch.Tensor, anchor: torch.Tensor, layer:
     return None
 
 
-define("kv_wait(Tensor(a!) pool, Tensor(b!) ticket, Tensor anchor, int layer) -> ()", kv_wait, _fake)
+define("kv_wait(Tensor(a!) pool, Tensor(b!) ticket, Tensor anchor, int layer) -> ()", kv_wait, _fake, native=True)

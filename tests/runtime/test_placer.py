@@ -1,0 +1,94 @@
+"""From a model and its options to the sizes of tiers, as a cache asks for them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from alisa_compile import AlisaConfig, InfeasibleError
+from alisa_compile.hf.planning import budgets_of, placer, predicted
+from alisa_compile.runtime.budgets import Budgets
+from alisa_compile.runtime.profile import FOLDER_VARIABLE, MachineProfile, Table, profile_path
+from alisa_compile.runtime.store import StoreShape, TokenStore
+from tests.support import tiny_model
+
+CPU = torch.device("cpu")
+STORES = [StoreShape(2, 1, 2, 16, torch.float32, CPU), StoreShape(1, 1, 4, 8, torch.float32, CPU)]
+RATE = Table(((4096.0, 1e9),))
+PROFILE = MachineProfile(
+    machine="test", device="cpu", dtype="float32", device_to_host=RATE, host_to_device=RATE, disk_write=RATE,
+    disk_read=RATE, attention=Table(((1e4, 1e-6), (1e8, 1e-2)), grows=True),
+    linear=Table(((1.0, 1e-9), (64.0, 1e-9)), grows=True), layer_seconds=1e-6,
+)  # fmt: skip
+
+
+@pytest.fixture
+def llama() -> Any:
+    return tiny_model("llama")
+
+
+def test_no_time_is_lost_where_everything_fits(llama: Any) -> None:
+    """auto on this machine: no tiers, in less than a millisecond (the fastest of several: others use the machine)."""
+    places = placer(llama.config, STORES, AlisaConfig())
+    times = []
+    for _ in range(50):
+        started = time.perf_counter()
+        assert places[0](1, 4096) is None
+        times.append(time.perf_counter() - started)
+    assert min(times) < 1e-3
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+def test_all_stores_share_the_budgets(llama: Any, batch: int) -> None:
+    """Stores that ask their places, one after another and for another batch size, keep to them together."""
+    config = AlisaConfig(device_kv_budget=300_000, host_kv_budget="100kB", disk_kv_budget="2MB")
+    places = placer(llama.config, STORES, config)
+    assert len(places) == len(STORES)
+    stores = [
+        TokenStore(StoreShape(s.num_layers, batch, s.kv_heads, s.head_dim, s.dtype, CPU), config, 500, place)
+        for s, place in zip(STORES, places, strict=True)
+    ]
+    total = {tier: sum(store.bytes_by_tier()[tier] for store in stores) for tier in ("device", "host", "disk")}
+    assert total["device"] <= 300_000 and total["host"] <= 100_000 and 0 < total["disk"] <= 2_000_000
+    assert total["device"] > 250_000 and total["host"] > 90_000
+    with pytest.raises(InfeasibleError, match="90000 tokens do not fit the KV budgets"):
+        places[1](batch, 90_000)
+
+
+def test_budgets_are_resolved_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stores themselves take later does not count against them."""
+    free = [10_000_000_000]
+    monkeypatch.setattr("alisa_compile.runtime.budgets._free_memory", lambda: free[0])
+    budgets = budgets_of(llama.config, STORES, AlisaConfig())
+    assert 8_000_000_000 < budgets.device < 9_000_000_000 and "0 B of weights" in budgets.origin["device"]
+    place = placer(llama.config, STORES, AlisaConfig())[0]
+    free[0] = 1000
+    assert place(1, 4096) is None
+    with pytest.raises(InfeasibleError):
+        placer(llama.config, STORES, AlisaConfig())[0](1, 4096)
+
+
+def test_prediction_needs_a_saved_profile(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is measured in a call of generate, and what goes wrong is a warning."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    budgets = Budgets(100_000, 10**9, 0, dict.fromkeys(("device", "host", "disk"), "as given"))
+    ask = (llama, AlisaConfig(), 1, 300, 20, budgets)
+    assert predicted(*ask) is None and caplog.text == ""
+    path = profile_path(llama.device, llama.dtype)
+    PROFILE.save(path)
+    plan = predicted(*ask)
+    assert plan is not None and plan.p1 == 0 and len(plan.step_ms) == 20
+    small = Budgets(10, 0, 0, budgets.origin)
+    assert predicted(llama, AlisaConfig(), 1, 300, 20, small) is None
+    assert "no step times are predicted" in caplog.text and "do not fit the KV budgets" in caplog.text
+    path.write_text("{}", encoding="utf-8")
+    assert predicted(*ask) is None
+    assert caplog.text.count("no step times are predicted") == 2
