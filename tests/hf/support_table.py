@@ -24,8 +24,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Remember one cell."""
     for name, value in report.user_properties:
         if name == "support" and report.when == "call":
-            family, mode, refused = value  # type: ignore[misc]
-            _cells[family, mode] = ("dense" if refused else "yes") if report.passed else "FAILED"
+            family, mode, outcome = value  # type: ignore[misc]
+            _cells[family, mode] = outcome if report.passed else "FAILED"
 
 
 def pytest_sessionfinish(session: Any) -> None:
@@ -48,7 +48,9 @@ def pytest_sessionfinish(session: Any) -> None:
         "# Model families and generation modes\n\n"
         "Written by `make test-all` (tests/hf/test_modes.py): small random models against stock transformers at "
         "sparsity 0.\n`yes`: attention rewritten, and the mode's result is stock's. `dense`: the same result, with "
-        f"attention left dense and the reason\nin a warning and in the report.\n\n{table}\n\n{legend}\n",
+        "attention left dense and the reason\nin a warning and in the report. `no cache`: the mode passes an "
+        "AlisaCache of one's own, which such a model refuses by a typed\n"
+        f"error.\n\n{table}\n\n{legend}\n",
         encoding="utf-8",
     )
 

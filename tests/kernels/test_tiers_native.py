@@ -225,9 +225,9 @@ def _place(driver: Driver, position: int, slot: int) -> None:
     store.pool[slot] = position + 1.0
 
 
-def _large(*, disk: bool = False) -> Native:
+def _large(*, disk: bool = False, both: bool = False) -> Native:
     """A store whose next step has to write 21 rows of 1 MiB below the device; position p is filled with p + 1."""
-    sizes = TierSizes(device=_QUOTA, host=0 if disk else 64, disk=64 if disk else 0, staging=1)
+    sizes = TierSizes(device=_QUOTA, host=0 if disk else 64, disk=64 if disk or both else 0, staging=1)
     driver = Native(_MEGABYTE, capacity=64, sizes=sizes, sparsity=0.02)
     store = driver.store
     for position in range(_QUOTA - 1):
@@ -464,25 +464,46 @@ def test_a_file_that_is_cut_short() -> None:
     drain(tiers)
 
 
+def _with_file(driver: Driver, stack: contextlib.ExitStack, path: Path, flags: int) -> None:
+    """Let the native side have another file, opened with `flags`."""
+    path.touch()
+    file = os.open(path, flags)
+    stack.callback(os.close, file)
+    tiers = _tiers(driver)
+    assert tiers.disk is not None
+    tiers.close()
+    stack.enter_context(pytest.MonkeyPatch.context()).setattr(tiers.disk, "fileno", lambda: file)
+    tiers.open(driver.store.pool, driver.store.scales)
+
+
 def test_a_file_that_refuses_to_be_written(tmp_path: Path) -> None:
-    """Jobs behind the one that failed are dropped: what they would move is not what the tables say."""
-    (tmp_path / "rows").touch()
-    file = os.open(tmp_path / "rows", os.O_RDONLY)
+    """The reason is told, and no byte is counted."""
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, file)
         driver = _large(disk=True)
-        store, tiers = driver.store, _tiers(driver)
-        assert tiers.disk is not None and store.counts is not None
-        tiers.close()
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(tiers.disk, "fileno", lambda: file)
-        tiers.open(store.pool, store.scales)
-        driver.set_working_set([[list(range(30, 41))]], 0)
-        before = store.pool.clone()
+        _with_file(driver, stack, tmp_path / "rows", os.O_RDONLY)
         _offload(driver)
-        with contextlib.suppress(RuntimeError):  # the failure may be known already
-            _prefetch(driver)
         with pytest.raises(RuntimeError, match="could not be written: Bad file descriptor"):
             _wait(driver)
-        assert int(tiers.traffic[DISK_WRITE]) == 0 and torch.equal(store.pool, before)
-        recover(tiers)
-        drain(tiers)
+        assert int(_tiers(driver).traffic[DISK_WRITE]) == 0
+        recover(_tiers(driver))
+        drain(_tiers(driver))
+
+
+def test_transfers_behind_one_that_failed_are_dropped(tmp_path: Path) -> None:
+    """What they would move is not what the tables say."""
+    with contextlib.ExitStack() as stack:
+        driver = _large(both=True)
+        store, tiers = driver.store, _tiers(driver)
+        assert store.counts is not None
+        _with_file(driver, stack, tmp_path / "rows", os.O_WRONLY)
+        slots = store.table[0, 0, 0, :3].clone().long()
+        _offload(driver)  # takes milliseconds, in which the others queue up
+        tiers.on_disk[0] = 1
+        store.table[0, 0, 0, :3], tiers.owner[slots] = -1, -1
+        for position in (0, 1):
+            driver.set_working_set([[[position]]], 0)
+            with contextlib.suppress(RuntimeError):  # if the first one has failed already
+                _prefetch(driver)
+        with pytest.raises(RuntimeError, match="could not be read: Bad file descriptor"):
+            _wait(driver)
+        assert torch.all(store.pool[slots[2]] == 3), "position 1 was to come from the host, to where 2 had been"

@@ -84,6 +84,7 @@ def _calls(code: str, *names: str) -> list[tuple[str, list[str]]]:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func).removeprefix("torch.ops.alisa.").removesuffix(".default")
+            name = name.removesuffix(".tiered")
             if name in names:
                 found.append((node.lineno, name, [ast.unparse(argument) for argument in node.args]))
     return [(name, arguments) for _, name, arguments in sorted(found)]
@@ -146,6 +147,55 @@ def test_no_pool_is_copied(layers: int, options: dict[str, Any]) -> None:
         kernels = re.findall(r"^ *cpp_fused\w*\((.*)\)", code, re.MULTILINE)
         written = {name for call in kernels for name in re.findall(r"\bbuf\d+\b", call)}
         assert {re.findall(r"\bbuf\d+\b", name)[0] for name in produced} <= written
+
+
+MOVEMENT = ("kv_wait", "kv_append", "swa_attention", "kv_select", "kv_offload", "kv_prefetch")
+
+
+def _tiered_code(layers: int, **options: Any) -> str:
+    """The decode graph where a third of 800 positions fits the device."""
+    row = 2 * (16 + 4) * 2 if options.get("kv_dtype") == "int8" else 2 * 2 * 16 * 4
+    code = _decode_code(layers, max_length=800, device_kv_budget=layers * 2 * row * 800 // 2, **options)
+    assert "swa_attention.tiered" in code
+    return code
+
+
+@pytest.mark.parametrize("options", ({}, {"kv_dtype": "int8"}, {"sparsity": 0.0}), ids=str)
+def test_transfers_come_in_order(options: dict[str, Any]) -> None:
+    """Order, with Inductor's default settings: a layer waits just before its append and starts after its selection.
+
+    So the wait of a layer comes after all transfers and matrix products of the layer before: none is hoisted.
+    """
+    layers = 4
+    code = _tiered_code(layers, **options)
+    names = [name for name in MOVEMENT if name != "kv_select" or options.get("sparsity") != 0.0]
+    calls = _calls(code, *MOVEMENT)
+    assert [name for name, _ in calls] == names * layers
+    waits = [line for line in _body(code).splitlines() if "ops.alisa.kv_wait" in line]
+    places = [_body(code).splitlines().index(line) for line in waits]
+    starts = [i for i, line in enumerate(_body(code).splitlines()) if "ops.alisa.kv_prefetch" in line]
+    products = [i for i, line in enumerate(_body(code).splitlines()) if re.search(r"\.(mm|addmm|bmm)\(|mkldnn", line)]
+    assert len(waits) == len(starts) == layers
+    for layer in range(1, layers):
+        assert any(starts[layer - 1] < product < places[layer] for product in products), "a wait was hoisted"
+
+
+@pytest.mark.parametrize("layers", (4, pytest.param(16, marks=SLOW)))
+def test_what_transfers_use_lives_on(layers: int) -> None:
+    """Lifetime: transfers of all layers work on the inputs themselves, which no step frees, copies or makes anew."""
+    code = _tiered_code(layers)
+    body = _body(code)
+    assert_pools_are_used_in_place(code, layers, scales=False)
+    (inputs,) = re.findall(r"^ *\(?(arg.*?)\)? = args$", body, re.MULTILINE)
+    owned = inputs.replace(" ", "").split(",")
+    places = {"kv_wait": (0, 1), "kv_offload": (0, 2, 3, 4), "kv_prefetch": (0, 2, 3, 4, 5, 6)}
+    for name, arguments in places.items():
+        calls = _arguments(code, name)
+        for place in arguments:
+            assert {call[place] for call in calls} <= set(owned), f"argument {place} of {name} is no input"
+            assert len({call[place] for call in calls}) == 1
+    # Inductor deletes an input after its last use; the caller holds it too, so only its own buffers would be freed.
+    assert not re.search(r"\bempty_strided\w*\(\(s\d+, 2, 2, 16\)", body)
 
 
 def _copying_pass(kind: str) -> GraphPass:

@@ -31,7 +31,9 @@ class Builder:
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
-        names = ("pool", "table", "length", "valid", "scores", "rows", "counts", "origin", "query", "key", "value")
+        names = (
+            "pool", "table", "length", "valid", "scores", "rows", "counts", "origin", "query", "key", "value", "ticket",
+        )  # fmt: skip
         self.inputs = {name: self._placeholder(name) for name in names}
         self.other = self._placeholder("length_of_the_other_store")
 
@@ -65,6 +67,23 @@ class Builder:
         state = (i["scores"], i["rows"], i["counts"], mass, length or i["length"], i["origin"], None)
         self._call(ops.kv_select.default, (*state, layer, SPEC), returns=False)
 
+    def wait(self, layer: int) -> None:
+        """kv_wait."""
+        i = self.inputs
+        self._call(ops.kv_wait.default, (i["pool"], i["ticket"], i["key"], layer), returns=False)
+
+    def offload(self, layer: int) -> None:
+        """kv_offload."""
+        i = self.inputs
+        rows = (i["pool"], None, i["table"], i["length"])
+        self._call(ops.kv_offload.default, (*rows, i["ticket"], layer, SPEC), returns=False)
+
+    def prefetch(self, layer: int) -> None:
+        """kv_prefetch."""
+        i = self.inputs
+        rows = (i["pool"], None, i["table"], i["length"], i["rows"], i["counts"])
+        self._call(ops.kv_prefetch.default, (*rows, i["ticket"], layer), returns=False)
+
     def read(self, layer: int) -> tuple[fx.Node, fx.Node]:
         """kv_read; returns K and V."""
         i = self.inputs
@@ -88,6 +107,45 @@ def _layers(b: Builder, *, sparse: bool = True, length: fx.Node | None = None) -
         mass = b.attend(layer, length)
         if sparse:
             b.select(layer, mass, length)
+
+
+def _tiered(b: Builder, order: str = "wait append attend select offload prefetch") -> None:
+    """Two layers over a store with tiers; `order` is that of the last layer."""
+    for layer, steps in enumerate(("wait append attend select offload prefetch", order)):
+        mass = None
+        for step in steps.split():
+            if step == "attend":
+                mass = b.attend(layer)
+            elif step == "select":
+                assert mass is not None
+                b.select(layer, mass)
+            else:
+                getattr(b, step)(layer)
+
+
+_BAD_ORDERS = {
+    "append wait attend select offload prefetch": "out of order",
+    "wait append offload attend select prefetch": "out of order",
+    "wait append attend select prefetch offload": "out of order",
+    "wait append attend offload prefetch select": "out of order",
+    "wait append attend select prefetch": "does not come once",
+    "wait append attend select offload": "does not come once",
+    "append attend select offload prefetch": "does not come once",
+    "wait append attend select offload prefetch prefetch": "does not come once",
+    "wait wait append attend select offload prefetch": "more than once",
+}
+
+
+@pytest.mark.parametrize("order", _BAD_ORDERS)
+def test_movement_out_of_order_is_reported(order: str) -> None:
+    """A store with tiers: wait, append, attention, selection, offload, prefetch, each once."""
+    legal = Builder()
+    _tiered(legal)
+    spec.check(legal.module(), ())
+    b = Builder()
+    _tiered(b, order)
+    with pytest.raises(GraphError, match=_BAD_ORDERS[order]):
+        spec.check(b.module(), ())
 
 
 def test_legal_graphs_pass() -> None:
