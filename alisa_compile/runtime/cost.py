@@ -38,8 +38,8 @@ old_before, deleted = sp.symbols("old_before deleted", nonnegative=True)
 kv, hidden = sp.symbols("kv hidden", nonnegative=True)
 #: Bytes a second: rows to the host, rows from it, hidden states from it.
 B_down, B_up, B_hidden = sp.symbols("B_down B_up B_hidden", positive=True)
-#: Seconds of a step that compute, recomputation and transfers take.
-T_c, T_r, T_m = sp.symbols("T_c T_r T_m", nonnegative=True)
+#: Seconds of a step that compute, recomputation and transfers take, and of the transfers those that attention waits for.
+T_c, T_r, T_m, T_s = sp.symbols("T_c T_r T_m T_s", nonnegative=True)
 
 CONTEXT = s + j
 PAPER_POSITION = 4 * b * l * h
@@ -62,8 +62,11 @@ REBUILT = THETA_G * DELETED_SHARE
 PAPER_TRANSFER = PAPER_POSITION * (THETA_C + THETA_G) / B
 TRANSFER = kv * THETA_C / B_down + kv * LOADED / B_up + hidden * REBUILT / B_hidden
 
-#: Time of a step. The paper adds; a transfer that runs beside the compute hides behind it.
-OBJECTIVES = {"paper": T_c + T_r + T_m, "overlapped": sp.Max(T_c + T_r, T_m)}
+#: Of that, what the step itself needs: where layers refresh, rows stream in while attention waits for them.
+STREAM = refresh * THETA_REFRESH * (kv * (1 - DELETED_SHARE) / B_up + hidden * DELETED_SHARE / B_hidden)
+
+#: Time of a step. The paper adds; a transfer for the coming step hides behind the compute.
+OBJECTIVES = {"paper": T_c + T_r + T_m, "overlapped": sp.Max(T_c + T_r + T_s, T_m)}
 
 
 @functools.cache

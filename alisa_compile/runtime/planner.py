@@ -260,9 +260,8 @@ def timeline(
     share_before = _previous(on_disk if on_disk_before is None else on_disk_before) / np.maximum(_previous(old), 1)
     entering, streaming = evaluate(cost.THETA_CHURN), evaluate(cost.THETA_REFRESH)
     sparse_next = 1 - problem.refresh_next
-    disk_read = kv * (
-        sparse_next * entering * on_disk / np.maximum(old, 1) + problem.refresh * streaming * share_before
-    )
+    streamed_from_disk = kv * problem.refresh * streaming * share_before
+    disk_read = kv * sparse_next * entering * on_disk / np.maximum(old, 1) + streamed_from_disk
     transfer = (
         evaluate(cost.TRANSFER)
         + new_hidden / links.hidden_down
@@ -274,7 +273,10 @@ def timeline(
     compute[0] = problem.prefill_seconds
     recompute = sparse_next * problem.recompute.at(entering * share)
     recompute = recompute + problem.refresh * problem.recompute.at(streaming * share)
-    seconds = cost.compiled(cost.OBJECTIVES[problem.objective])(T_c=compute, T_r=recompute, T_m=transfer)
+    stream = evaluate(cost.STREAM) + streamed_from_disk / links.disk_read
+    times = {"T_c": compute, "T_r": recompute, "T_m": transfer, "T_s": stream}
+    objective = cost.OBJECTIVES[problem.objective]
+    seconds = cost.compiled(objective)(**{name: times[name] for name in map(str, objective.free_symbols)})
     moved = {
         "device_to_host": kv * evaluate(cost.THETA_C) + new_hidden,
         "host_to_device": kv * loaded + hidden_bytes * rebuilt,

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -220,7 +221,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> MachineProfile:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The fastest of some runs after a first one that does not count: other work on the machine only adds."""
+    """The median of some runs after a first one that does not count; that is what the steps of a run will see."""
     times: list[float] = []
     for _ in range(12):
         _wait(device)
@@ -230,7 +231,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         times.append(time.perf_counter() - started)
         if len(times) > 2 and sum(times) > 2 * _SLOW_SECONDS:
             break
-    return max(min(times[1:]), 1e-9)
+    return max(statistics.median(times[1:]), 1e-9)
 
 
 def _wait(device: torch.device) -> None:
@@ -261,7 +262,11 @@ def _moving_rate(row_bytes: int, source: torch.device, target: torch.device) -> 
 
 
 def _disk_tables() -> tuple[Table, Table]:
-    """Bytes a second of writing and reading a file by scattered rows, in the folder for temporary files."""
+    """Bytes a second of writing and reading a file by scattered rows, in the folder for temporary files.
+
+    Through the system's page cache, as the disk tier works: where memory is so short that files are not kept there, the
+    disk is slower than this.
+    """
     written, read = [], []
     with tempfile.TemporaryFile() as file:
         descriptor = file.fileno()
@@ -271,10 +276,7 @@ def _disk_tables() -> tuple[Table, Table]:
             started = time.perf_counter()
             for offset in offsets:
                 os.pwrite(descriptor, row, offset)
-            os.fsync(descriptor)
             written.append((float(size), _MOVED_BYTES / (time.perf_counter() - started)))
-            if hasattr(os, "posix_fadvise"):  # else it is read from memory
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             started = time.perf_counter()
             for offset in offsets:
                 os.pread(descriptor, size, offset)

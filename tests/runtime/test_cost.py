@@ -66,7 +66,9 @@ def test_rebuilt_rows_cost_their_hidden_states() -> None:
 def test_objectives() -> None:
     numbers = {"T_c": np.array([3.0, 1.0]), "T_r": np.array([1.0, 1.0]), "T_m": np.array([2.0, 5.0])}
     assert cost.compiled(cost.OBJECTIVES["paper"])(**numbers).tolist() == [6, 7]
-    assert cost.compiled(cost.OBJECTIVES["overlapped"])(**numbers).tolist() == [4, 5]
+    overlapped = cost.compiled(cost.OBJECTIVES["overlapped"])
+    assert overlapped(**numbers, T_s=np.zeros(2)).tolist() == [4, 5]
+    assert overlapped(**numbers, T_s=np.array([2.0, 1.0])).tolist() == [6, 5]  # attention waits for what streams
 
 
 def test_over_steps() -> None:

@@ -193,7 +193,9 @@ def brute_cost(p: Problem, resident: int, count: int, p2: int) -> float:
             compute = p.prefill_seconds
         compute += (1 - rho_next) * interpolate(p.recompute, entering * share)
         compute += rho * interpolate(p.recompute, away * share)
-        total += max(compute, transfer) if p.objective == "overlapped" else compute + transfer
+        waited = rho * away * (kv * (1 - share) / link.up + hidden * share / link.hidden_up)
+        waited += kv * rho * away * disk_share_before / link.disk_read
+        total += max(compute + waited, transfer) if p.objective == "overlapped" else compute + transfer
         written.update(kept)
         disk_share_before = len(disk) / max(len(old), 1)
         old_count = max(old_count, len(old))
@@ -311,7 +313,7 @@ def test_opt_30b_at_the_setting_of_the_paper() -> None:
     position = 4 * 64 * 48 * 7168
     assert position == 88_080_384
     table, valid, length = 48 * 64 * 640 * 4, 64 * 640, 48 * 8
-    staging, movement, slot = 128 * (position // 48), 8 * (4 * 48 + 1 + 64 + 6), position + 48 * 64 * 4
+    staging, movement, slot = 128 * (position // 48), 8 * (4 * 48 + 1 + 64 + TRAFFIC_PLACES), position + 48 * 64 * 4
     fits = (16 * GIB - table - valid - length - movement - staging) // slot
     assert fits == 192
     plan = planned(16 * GIB, 128 * GIB, prompt=128, new=512, shape=opt_30b(), sparsity=0.0)
