@@ -22,6 +22,7 @@ import transformers as hf
 
 import alisa_compile
 from alisa_compile import AlisaConfig, ConfigError, InfeasibleError, NotAvailableError
+from alisa_compile.kernels.tiers import TRAFFIC_PLACES
 from alisa_compile.runtime import budgets as budgets_module
 from alisa_compile.runtime.budgets import Budgets
 from alisa_compile.runtime.footprint import fixed_bytes, position_bytes, store_bytes, tier_bytes
