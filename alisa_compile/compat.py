@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config as inductor_config
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
@@ -57,14 +58,20 @@ def optimized_module_backend(module: torch.nn.Module) -> tuple[Any, dict[str, An
     return getattr(wrapper, "compiler_fn", None), dict(getattr(wrapper, "kwargs", {}))
 
 
+# Marking a tensor means something else while torch compiles, which it notes for the whole process: `compile_lock` keeps
+# other threads' compilations away meanwhile.
+
+
 def mark_static(tensor: torch.Tensor, *dims: int) -> None:
     """Compile for exactly these sizes, even where Dynamo has seen other ones before (in another model as well)."""
-    torch._dynamo.mark_static(tensor, list(dims))
+    with compile_lock:
+        torch._dynamo.mark_static(tensor, list(dims))
 
 
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Ask Dynamo for a symbol in this dimension instead of a constant; sizes 0 and 1 are always constants."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    with compile_lock:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ NAME = "alisa"
 
 def alisa_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The 2-D padding mask as it is (eager), or `sdpa`'s 4-D mask (compiled, for the passes to prove and drop)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
         return mask
     return kwargs.get("attention_mask")
@@ -46,7 +46,7 @@ def alisa_attention(
             expected="the config of the model as it is now",
             fix="build it as AlisaCache(model.config, ...) after attn_implementation is set",
         )
-    if torch.compiler.is_compiling() or layer is None:
+    if torch.compiler.is_dynamo_compiling() or layer is None:
         mask = attention_mask
         if mask is not None and mask.dim() == 2:
             mask = _dense_mask(mask, query, key)

@@ -58,7 +58,7 @@ class AlisaLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the whole cache from the first K it sees `[B, H, S, D]` (eager mode only)."""
-        cache = None if torch.compiler.is_compiling() else self._cache()
+        cache = None if torch.compiler.is_dynamo_compiling() else self._cache()
         if cache is None:
             raise CacheError(
                 "an AlisaCache without storage reached a compiled model",
@@ -76,7 +76,7 @@ class AlisaLayer(CacheLayerMixin):
         store = self.store
         assert store is not None
         self._check_rows(store, key_states, value_states)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             new_tokens = key_states.shape[2]
             stage = "decode" if new_tokens == 1 else ("extend" if store.has_history else "prefill")
             append(store, self.index, key_states, value_states, None)
@@ -124,8 +124,11 @@ class AlisaLayer(CacheLayerMixin):
             keys, values = key_states, value_states
         else:
             read = torch.ops.alisa.kv_read.tiered if store.is_tiered else torch.ops.alisa.kv_read.default
+            table = store.table[..., :total]
+            if store.is_tiered:
+                table = table.contiguous()  # for the native kernels, which stage rows by it
             keys, values = read(
-                store.pool, store.scales, store.table[..., :total], store.length, store.valid, None, None, None, None,
+                store.pool, store.scales, table, store.length, store.valid, None, None, None, None,
                 key_states, value_states, self.index, "extend", store.spec, store.padded, *store.ticket_argument,
             )  # fmt: skip
         keys.alisa_dense = store.spec  # type: ignore[attr-defined]  # attention.py refuses to take them for sparse
@@ -157,7 +160,7 @@ class AlisaLayer(CacheLayerMixin):
         """Tokens seen: an int, or inside a traced graph a 0-d tensor, so that no length is baked into the graph."""
         if self.store is None:
             return 0
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.store.length[self.index]
         return self.store.host_length
 
@@ -166,7 +169,7 @@ class AlisaLayer(CacheLayerMixin):
         store = self.store
         if store is None:
             return query_length, 0
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             return store.host_length + query_length, 0
         if query_length > 1 and not store.has_history:
             return query_length, 0
@@ -438,7 +441,7 @@ def append(
     """Quantise if the store is int8, and emit `alisa::kv_append`."""
     key_scale = value_scale = None
     if store.is_int8:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             key, key_scale = torch.ops.alisa.quantize_row.default(key)
             value, value_scale = torch.ops.alisa.quantize_row.default(value)
         else:

@@ -281,7 +281,7 @@ def _forward_route(model: Any, previous: Callable[..., Any] | None) -> Callable[
     def forward(*args: Any, **kwargs: Any) -> Any:
         # Dynamo comes here too, where the user calls the compiled model itself during a generate; what it reads of the
         # context now must not end up in its graph.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return plain(*args, **kwargs)
         call = _active(model)
         # A logits processor may run the original model with a cache of its own: that stays eager.

@@ -29,12 +29,16 @@ _library: Any = None  # the `ctypes.CDLL`, once the kernels are registered
 
 
 def native_first(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation of an op for every device that registers the native kernels when CPU tensors first come by."""
+    """The implementation of an op for every device that registers the native kernels when CPU tensors first come by.
+
+    name: with the overload's after a dot, unless it is the default one.
+    """
+    packet, _, overload = name.partition(".")
 
     def implementation(*args: Any) -> Any:
         tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
         if all(tensor.device.type == "cpu" for tensor in tensors) and register_native():
-            return getattr(torch.ops.alisa, name).default(*args)
+            return getattr(getattr(torch.ops.alisa, packet), overload or "default")(*args)
         return reference(*args)
 
     return implementation

@@ -118,6 +118,12 @@ class SelectionSpec:
 
 
 @functools.lru_cache(maxsize=64)
+def capped(spec: SelectionSpec, max_rows: int) -> SelectionSpec:
+    """The same policy with at most `max_rows` rows; 0 = as it is. A number of the plan, so no part of the string."""
+    return dataclasses.replace(spec, max_rows=max_rows) if max_rows else spec
+
+
+@functools.lru_cache(maxsize=64)
 def decode_spec(text: str) -> SelectionSpec:
     """Parse what `SelectionSpec.encode` wrote."""
     fields = dict(part.split("=", 1) for part in text.split(","))

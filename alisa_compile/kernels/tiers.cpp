@@ -14,6 +14,43 @@ void tiers_open(StableIValue* stack, uint64_t, uint64_t) {
   all.states.emplace(number, std::move(state));
 }
 
+// `TierState.stage`: rows of the positions [first, end) to staging, of one (sequence, group) after the other.
+void tiers_stage(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr int64_t kPiece = 256;  // positions that a thread copies at a time
+  Arguments arguments(stack);
+  const int64_t number = arguments.integer();
+  Tensor pool = arguments.tensor();
+  Tensor scales = arguments.optional_tensor();
+  Tensor table = arguments.tensor();
+  const int64_t layer = arguments.integer(), first = arguments.integer(), end = arguments.integer();
+
+  const std::shared_ptr<Tiers> tiers = find_tiers(number);
+  const Device device = tiers->device(pool, scales);
+  tiers->drain();
+  const int64_t groups = table.contiguous(4).size[2], lists = table.size[1] * groups, capacity = table.size[3];
+  require(lists == tiers->batch * tiers->groups, "alisa: the table does not have the shape of the store");
+  require(0 <= first && first < end && end <= capacity && lists * (end - first) <= tiers->staging_rows(),
+          "alisa: so many positions do not fit staging");
+  const int64_t count = end - first, pieces = (count + kPiece - 1) / kPiece;
+  Tally tally;
+  parallel(lists * pieces, lists * count * tiers->row_bytes(0), [&](int64_t unit) {
+    const int64_t list = unit / pieces, begin = unit % pieces * kPiece, size = std::min(kPiece, count - begin);
+    const int32_t* slots = table.data<int32_t>() + (layer * lists + list) * capacity + first + begin;
+    Stage stage(*tiers, layer, tiers->staging(list * count + begin));
+    int32_t away[kPiece];
+    for (int64_t i = 0; i < size; ++i) {
+      away[i] = slots[i] < 0 ? static_cast<int32_t>(first + begin + i) : -1;
+      for (int part = 0; part < tiers->parts() && slots[i] >= 0; ++part) {
+        const int64_t bytes = tiers->row_bytes(part);
+        std::memcpy(stage.staged(part, i), device.parts[part] + slots[i] * bytes, bytes);
+      }
+    }
+    stage.fetch(tiers->region(layer, list / groups, list % groups), away, size);
+    tally.add(stage);
+  });
+  tiers->note(tally.traffic, tally.failure);
+}
+
 }  // namespace
 
 // Waits for all jobs of a state. The message of a job that failed, valid until this thread asks again; or null.

@@ -32,7 +32,7 @@ constexpr int64_t kInlineBytes = 1 << 16;
 enum class Way { kDown, kUp, kLost, kThrough, kFetch };  // device to host and back; host to disk; device to disk and back
 
 // Places in `traffic`, as in tiers.py.
-enum Traffic { kDeviceToHost, kHostToDevice, kDiskWrite, kDiskRead, kStall, kDiskStall, kTrafficPlaces };
+enum Traffic { kDeviceToHost, kHostToDevice, kDiskWrite, kDiskRead, kStall, kDiskStall, kRowsMissed, kTrafficPlaces };
 
 // Copies to make in this order, neighbours merged.
 struct Job {
@@ -109,6 +109,13 @@ struct Device {
   char* parts[2];
 };
 
+// The job that an op fills: its memory stays with the thread, unless it is handed over.
+Job& empty_job() {
+  static thread_local Job job;
+  job.clear();
+  return job;
+}
+
 // One store's tiers. The calling thread and the worker share what `mutex_` guards, the atomics, and `traffic`, in which
 // each has entries of its own while the other may write; every other member belongs to the calling thread.
 class Tiers {
@@ -117,11 +124,14 @@ class Tiers {
       : pool_(arguments.tensor()), scales_(arguments.optional_tensor()), host_(arguments.tensor()),
         host_scales_(arguments.optional_tensor()), owner_(arguments.tensor()), below_(arguments.tensor()),
         on_disk_(arguments.tensor()), home_(arguments.tensor()), traffic_(arguments.tensor()),
-        misses_(arguments.tensor()), groups(arguments.integer()), quota(arguments.integer()) {
+        misses_(arguments.tensor()), staging_(arguments.tensor()), staging_scales_(arguments.optional_tensor()),
+        groups(arguments.integer()), quota(arguments.integer()), max_rows(arguments.integer()) {
     const int64_t file = arguments.integer();
     disk_positions_ = arguments.integer();
     require(traffic_.size[0] == kTrafficPlaces, "alisa: traffic has the wrong number of places");
-    require(static_cast<bool>(scales_) == static_cast<bool>(host_scales_), "alisa: only one tier has scales");
+    require(static_cast<bool>(scales_) == static_cast<bool>(host_scales_) &&
+                static_cast<bool>(scales_) == static_cast<bool>(staging_scales_),
+            "alisa: only one tier has scales");
     batch = home_.size[0];
     parts_ = scales_ ? 2 : 1;
     bytes_[0] = row_bytes_of(host_.contiguous(4));
@@ -129,6 +139,9 @@ class Tiers {
     ring_ = host_.size[0] / (below_.size[0] * batch * groups);
     require(owner_.size[0] == below_.size[0] * batch * groups * quota && pool_.size[0] == owner_.size[0],
             "alisa: the device pool does not consist of quotas");
+    require(row_bytes_of(staging_.contiguous(4)) == bytes_[0] &&
+                (!scales_ || row_bytes_of(staging_scales_.contiguous(3)) == bytes_[1]),
+            "alisa: staging does not hold rows of the store");
     if (file >= 0) {
       // Of our own: the number may name another file once Python has closed it.
       disk_ = fcntl(static_cast<int>(file), F_DUPFD_CLOEXEC, 0);
@@ -157,6 +170,17 @@ class Tiers {
   int64_t& below(int64_t layer) const { return below_.data<int64_t>()[layer]; }
   int64_t& on_disk(int64_t layer) const { return on_disk_.data<int64_t>()[layer]; }
   int64_t& misses(int64_t layer) const { return misses_.data<int64_t>()[layer]; }
+  int64_t staging_rows() const { return staging_.size[0]; }
+  Device staging(int64_t row) const {
+    return {{staging_.data<char>() + row * bytes_[0],
+             staging_scales_ ? staging_scales_.data<char>() + row * bytes_[1] : nullptr}};
+  }
+  int parts() const { return parts_; }  // 2 with scales
+  int64_t row_bytes(int part) const { return bytes_[part]; }
+  // A row below that is on the host, or its scales.
+  const char* on_host(int part, int64_t region, int64_t position) const {
+    return host(part) + (region * ring_ + position % ring_) * bytes_[part];
+  }
 
   // The memory of an op's arguments. A compiler may have put copies in place of the store's: no later op can wait for
   // those, so everything else ends first, and `start` copies at once.
@@ -215,13 +239,13 @@ class Tiers {
   };
 
   // Fetch rows from below into slots of the device.
-  void up(Job& job, const Device& device, int64_t layer, const std::vector<Entry>& entries) {
+  void up(Job& job, const Device& device, int64_t layer, const std::vector<Entry>& entries) const {
     const int64_t on_disk = this->on_disk(layer);
     for (int part = 0; part < parts_; ++part) {
       for (const Entry& entry : entries) {
         if (entry.position < on_disk) continue;
         job.copy(Way::kUp, device.parts[part] + entry.slot * bytes_[part],
-                 host(part) + (entry.region * ring_ + entry.position % ring_) * bytes_[part], bytes_[part]);
+                 on_host(part, entry.region, entry.position), bytes_[part]);
       }
     }
     for (const Entry& entry : entries) {
@@ -235,7 +259,7 @@ class Tiers {
     if (job.steps.empty()) return 0;
     const bool idle = completed_.load(std::memory_order_acquire) == started_;
     if (copies_ || (idle && !job.disk && job.bytes < kInlineBytes)) {
-      const std::string failure = execute(job);
+      const std::string failure = execute(job, traffic_.data<int64_t>());
       job.clear();
       if (!failure.empty()) fail(failure);
       throw_failure();
@@ -256,6 +280,30 @@ class Tiers {
     wake_.notify_one();
     job = Job();
     return ++started_;
+  }
+
+  // Make the copies of a job, and count their bytes in `traffic`; what went wrong, or "".
+  std::string execute(Job& job, int64_t* traffic) const {
+    for (const Job::Step& step : job.steps) {
+      if (step.way == Way::kDown || step.way == Way::kUp) {
+        std::memcpy(step.to, step.from, step.bytes);
+      } else {
+        const std::string failure = access_file(disk_, step.way != Way::kFetch, job.memory.data() + step.first, step.pieces,
+                                                step.offset);
+        if (!failure.empty()) return failure;
+        traffic[step.way == Way::kFetch ? kDiskRead : kDiskWrite] += step.bytes;
+      }
+      if (step.way == Way::kDown || step.way == Way::kThrough) traffic[kDeviceToHost] += step.bytes;
+      if (step.way == Way::kUp || step.way == Way::kFetch) traffic[kHostToDevice] += step.bytes;
+    }
+    return "";
+  }
+
+  // Count what threads have copied that have ended, while no job runs; throws what went wrong unless that is "".
+  void note(const int64_t* traffic, const std::string& failure) {
+    for (int place = 0; place < kTrafficPlaces; ++place) traffic_.data<int64_t>()[place] += traffic[place];
+    if (!failure.empty()) fail(failure);
+    throw_failure();
   }
 
   // Until a job and all before it have ended; adds the time to `traffic`.
@@ -321,24 +369,6 @@ class Tiers {
     failed_.store(true, std::memory_order_release);
   }
 
-  // What went wrong, or "".
-  std::string execute(Job& job) {
-    int64_t* traffic = traffic_.data<int64_t>();
-    for (const Job::Step& step : job.steps) {
-      if (step.way == Way::kDown || step.way == Way::kUp) {
-        std::memcpy(step.to, step.from, step.bytes);
-      } else {
-        const std::string failure = access_file(disk_, step.way != Way::kFetch, job.memory.data() + step.first, step.pieces,
-                                                step.offset);
-        if (!failure.empty()) return failure;
-        traffic[step.way == Way::kFetch ? kDiskRead : kDiskWrite] += step.bytes;
-      }
-      if (step.way == Way::kDown || step.way == Way::kThrough) traffic[kDeviceToHost] += step.bytes;
-      if (step.way == Way::kUp || step.way == Way::kFetch) traffic[kHostToDevice] += step.bytes;
-    }
-    return "";
-  }
-
   void work() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
@@ -347,7 +377,7 @@ class Tiers {
       Job& job = jobs_.front();
       if (!failed_.load(std::memory_order_relaxed)) {  // after a failure nothing below the device is sure
         lock.unlock();
-        const std::string failure = execute(job);
+        const std::string failure = execute(job, traffic_.data<int64_t>());
         if (!failure.empty()) fail(failure);
         lock.lock();
       }
@@ -358,10 +388,11 @@ class Tiers {
   }
 
   // The state keeps these alive: a job may still copy when Python has let go of them.
-  Tensor pool_, scales_, host_, host_scales_, owner_, below_, on_disk_, home_, traffic_, misses_;
+  Tensor pool_, scales_, host_, host_scales_, owner_, below_, on_disk_, home_, traffic_, misses_, staging_,
+      staging_scales_;
 
  public:
-  const int64_t groups, quota;
+  const int64_t groups, quota, max_rows;
 
  private:
   int64_t ring_ = 0, disk_positions_ = 0;
@@ -379,6 +410,59 @@ class Tiers {
   std::string failure_;
   bool closing_ = false;
   std::thread worker_;
+};
+
+// Memory on the device through which a thread takes rows from below that a kernel reads there and then. No job may run.
+class Stage {
+ public:
+  Stage(const Tiers& tiers, int64_t layer, const Device& memory) : tiers_(tiers), layer_(layer), memory_(memory) {}
+
+  // Where a row is before `fetch`; one on disk has memory of any content.
+  const char* source(int part, int64_t region, int64_t position) const {
+    if (position < tiers_.on_disk(layer_) || position >= tiers_.below(layer_)) return staged(part, 0);
+    return tiers_.on_host(part, region, position);
+  }
+  // Where `fetch` puts the i-th row.
+  char* staged(int part, int64_t i) const { return memory_.parts[part] + i * tiers_.row_bytes(part); }
+
+  // Copy the i-th row of a region from below for each i with positions[i] >= 0; whether that went well.
+  bool fetch(int64_t region, const int32_t* positions, int64_t count) {
+    entries_.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      if (positions[i] < 0) continue;
+      if (positions[i] >= tiers_.below(layer_)) {
+        failure = "alisa: a row is on no tier";
+        return false;
+      }
+      entries_.push_back({region, positions[i], i});
+    }
+    if (entries_.empty()) return true;
+    Job& job = empty_job();
+    tiers_.up(job, memory_, layer_, entries_);
+    failure = tiers_.execute(job, traffic);
+    return failure.empty();
+  }
+
+  int64_t traffic[kTrafficPlaces] = {};
+  std::string failure;
+
+ private:
+  const Tiers& tiers_;
+  const int64_t layer_;
+  const Device memory_;
+  std::vector<Tiers::Entry> entries_;
+};
+
+// What the stages of several threads have done.
+struct Tally {
+  void add(const Stage& stage) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int place = 0; place < kTrafficPlaces; ++place) traffic[place] += stage.traffic[place];
+    if (failure.empty()) failure = stage.failure;
+  }
+  std::mutex mutex;
+  int64_t traffic[kTrafficPlaces] = {};
+  std::string failure;
 };
 
 // By number. Never destroyed: threads may still run while the process ends.
@@ -403,13 +487,6 @@ std::shared_ptr<Tiers> find_tiers(int64_t number) {
 // `ticket [L + 1]`: each layer's latest job, and the number of the store.
 std::shared_ptr<Tiers> tiers_of(const Tensor& ticket) {
   return find_tiers(ticket.contiguous(1).data<int64_t>()[ticket.size[0] - 1]);
-}
-
-// The job that an op fills: its memory stays with the thread, unless it is handed over.
-Job& empty_job() {
-  static thread_local Job job;
-  job.clear();
-  return job;
 }
 
 }  // namespace

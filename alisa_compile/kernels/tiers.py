@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from typing import Protocol
@@ -24,20 +25,23 @@ from alisa_compile.errors import TierError  # absolute: mypy also sees this fold
 
 from .library import LIBRARY
 from .native import register_native, tiers_calls
-from .selection import decode_spec
+from .selection import capped, decode_spec
 
 _COPIED_POSITIONS = 1024  # on disk at a time, from one sequence to another
 
 #: Places in `TierState.traffic`.
-DEVICE_TO_HOST, HOST_TO_DEVICE, DISK_WRITE, DISK_READ, STALL_NS, DISK_STALL_NS = range(6)
-TRAFFIC_PLACES = 6
+DEVICE_TO_HOST, HOST_TO_DEVICE, DISK_WRITE, DISK_READ, STALL_NS, DISK_STALL_NS, ROWS_MISSED = range(7)
+TRAFFIC_PLACES = 7
 
 
 # Native only, as is all that it leads to: without the native kernels ops copy rows where they are called.
 LIBRARY.define(
     "tiers_open(int number, Tensor pool, Tensor? scales, Tensor host, Tensor? host_scales, Tensor owner, Tensor below, "
-    "Tensor on_disk, Tensor home, Tensor traffic, Tensor misses, int groups, int quota, int disk, int disk_positions) "
-    "-> ()"
+    "Tensor on_disk, Tensor home, Tensor traffic, Tensor misses, Tensor staging, Tensor? staging_scales, int groups, "
+    "int quota, int max_rows, int disk, int disk_positions) -> ()"
+)
+LIBRARY.define(
+    "tiers_stage(int number, Tensor pool, Tensor? scales, Tensor table, int layer, int first, int end) -> ()"
 )
 
 
@@ -60,18 +64,20 @@ class Disk(Protocol):
 class TierState:
     """Where the rows of one store are.
 
-    quota: device slots of each (layer, sequence, group). groups: G. host: `[pairs * H, 2, P, D]` with pairs = L * B *
-    G, host_scales: `[pairs * H, 2, P]` or None. owner: `[N]` int32, the position in each device slot, -1 = free. below:
-    `[L]` int64, so many first positions have a row below the device; on_disk: `[L]` int64, so many of them have it on
-    disk, the others on the host. home: `[B]` int64, which part of host, disk and
-    pool belongs to a sequence. traffic: `[6]` int64: bytes copied, counted where they are copied;
-    nanoseconds that `kv_wait` has blocked, and how many of those for a transfer with the disk. misses: `[L]` int64,
-    rows of the coming step's working sets that found no device slot. staging: `[B * G * S, 2, P, D]` on the device,
-    for S positions on their way.
+    quota: device slots of each (layer, sequence, group). groups: G. max_rows: cap on working sets that the device
+    forces; 0 = none. host: `[pairs * H, 2, P, D]` with pairs = L * B * G, host_scales: `[pairs * H, 2, P]` or None.
+    owner: `[N]` int32, the position in each device slot, -1 = free. below: `[L]` int64, so many first positions have a
+    row below the device; on_disk: `[L]` int64, so many of them have it on disk, the others on the host. home: `[B]`
+    int64, which part of host, disk and pool belongs to a sequence. traffic: `[7]` int64: bytes copied, counted where
+    they are copied; nanoseconds that `kv_wait` has blocked, and how many of those for a transfer with the disk; rows of
+    working sets that attention has fetched because they had found no device slot. misses: `[L]` int64, rows of the
+    coming step's working sets that found no device slot. staging: `[B * G * S, 2, P, D]` on the device, for S positions
+    on their way.
     """
 
     quota: int
     groups: int
+    max_rows: int
     host: torch.Tensor
     host_scales: torch.Tensor | None
     owner: torch.Tensor
@@ -84,7 +90,6 @@ class TierState:
     staging_scales: torch.Tensor | None
     disk: Disk | None
     number: int = dataclasses.field(default_factory=itertools.count(1).__next__)
-    rows_missed: int = 0  # in all steps so far
     _calls: dict[str, Callable[[int], bytes | None]] | None = None  # of the native side, from `open` on
     _closer: weakref.finalize | None = None  # type: ignore[type-arg]
 
@@ -100,7 +105,8 @@ class TierState:
             return
         torch.ops.alisa.tiers_open(
             self.number, pool, scales, self.host, self.host_scales, self.owner, self.below, self.on_disk, self.home,
-            self.traffic, self.misses, self.groups, self.quota, -1 if self.disk is None else self.disk.fileno(),
+            self.traffic, self.misses, self.staging, self.staging_scales, self.groups, self.quota, self.max_rows,
+            -1 if self.disk is None else self.disk.fileno(),
             0 if self.disk is None else self.disk.positions,
         )  # fmt: skip
         self._calls = tiers_calls()
@@ -138,6 +144,11 @@ class TierState:
     def staging_positions(self) -> int:
         """S."""
         return self.staging.shape[0] // (self.batch_size * self.groups)
+
+    @property
+    def rows_missed(self) -> int:
+        """In all steps so far."""
+        return int(self.traffic[ROWS_MISSED])
 
     @property
     def row_bytes(self) -> int:
@@ -291,9 +302,16 @@ class TierState:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Rows of the positions [first, end) in staging: rows, scales, and their slots there `[B, G, end - first]`."""
         shape = (self.batch_size, self.groups, end - first)
-        positions = torch.arange(first, end, device=pool.device).expand(shape)
-        self.load(pool, scales, table, layer, positions, (self.staging, self.staging_scales))
-        slots = torch.arange(positions.numel(), device=pool.device).view(shape)
+        if self.is_open:
+            try:
+                torch.ops.alisa.tiers_stage(self.number, pool, scales, table, layer, first, end)
+            except RuntimeError:
+                drain(self)  # a TierError, if a transfer has failed
+                raise
+        else:
+            positions = torch.arange(first, end, device=pool.device).expand(shape)
+            self.load(pool, scales, table, layer, positions, (self.staging, self.staging_scales))
+        slots = torch.arange(math.prod(shape), device=pool.device).view(shape)
         return self.staging, self.staging_scales, slots
 
 
@@ -321,16 +339,16 @@ def recover(state: TierState) -> None:
     state.call("recover")
 
 
-def first_recent(tokens: int, quota: int, spec: str) -> int:
+def first_recent(tokens: int, quota: int, spec: str, max_rows: int) -> int:
     """First of the most recent positions that stay on the device, when the next token will be number `tokens`.
 
     Nothing leaves while all positions and the coming one fit. After that the quota holds the dynamic rows of the
-    coming step's working set and the most recent positions, the coming one included.
+    coming step's working set and the most recent positions, the coming one included. max_rows: as in `capped`.
     """
     context = tokens + 1
     if context <= quota:
         return 0
-    dynamic = int(decode_spec(spec).dynamic_rows(context)) if spec else 0
+    dynamic = int(capped(decode_spec(spec), max_rows).dynamic_rows(context)) if spec else 0
     return min(tokens, context - quota + dynamic)
 
 

@@ -38,7 +38,7 @@ old_before, deleted = sp.symbols("old_before deleted", nonnegative=True)
 kv, hidden = sp.symbols("kv hidden", nonnegative=True)
 #: Bytes a second: rows to the host, rows from it, hidden states from it.
 B_down, B_up, B_hidden = sp.symbols("B_down B_up B_hidden", positive=True)
-#: Seconds of a step that compute, recomputation and transfers take, and of the transfers those that attention waits for.
+#: Seconds that compute, recomputation and transfers take, and of the transfers those that attention waits for.
 T_c, T_r, T_m, T_s = sp.symbols("T_c T_r T_m T_s", nonnegative=True)
 
 CONTEXT = s + j

@@ -21,7 +21,8 @@ class DiskFile:
     def __init__(self, folder: str | None, regions: int, positions: int, record_bytes: int) -> None:
         self.positions, self._record_bytes = positions, record_bytes
         self._folder = folder or tempfile.gettempdir()
-        size = regions * positions * record_bytes
+        self._size = size = regions * positions * record_bytes
+        self.has_failed = False  # a file that has failed once is not to be trusted with other rows
         self._file = -1
         try:
             self._file, path = tempfile.mkstemp(prefix="alisa-kv-", dir=self._folder)
@@ -52,6 +53,15 @@ class DiskFile:
         if hasattr(self, "_file"):
             self.close()
 
+    def check(self) -> None:
+        """A TierError if the file was cut: the next write makes it longer again, and what is missing reads as zeros."""
+        try:
+            size = os.fstat(self._file).st_size
+        except OSError as error:
+            raise self._failed("read", error.strerror or "unknown error") from error
+        if size < self._size:
+            raise self._failed("read", "the file is shorter than it was made")
+
     def write(self, region: int, first: int, records: torch.Tensor) -> None:
         """Store `[K, record_bytes]` uint8 records of the positions from `first` on."""
         data, offset = _bytes_of(records), self._offset(region, first)
@@ -78,6 +88,7 @@ class DiskFile:
         return (region * self.positions + first) * self._record_bytes
 
     def _failed(self, what: str, reason: str) -> TierError:
+        self.has_failed = True
         return TierError(
             f"rows on disk could not be {what}: {reason}",
             got=f"the disk tier in {self._folder}",

@@ -52,7 +52,7 @@ def store_bytes(
         # One more than fits, as in TokenStore: a step that fills the store selects for the token after it.
         ring, width = selection.score_rows(capacity + 1), selection.rows_capacity(capacity + 1)
         kinds["scores"] = lists * ring * capacity * score_dtype(shape.dtype).itemsize
-        kinds["working_sets"] = lists * (width + 1) * torch.int32.itemsize + torch.int64.itemsize
+        kinds["working_sets"] = lists * (width + 1) * torch.int32.itemsize + 2 * torch.int64.itemsize
     if sizes is not None:
         kinds["owner"] = owner_bytes(shape, config) * sizes.device
         # Of each layer: its place in the ticket, how much is below, how much is on disk, what was missed.

@@ -301,7 +301,7 @@ class Demand:
         if placement.positions == self.capacity:
             return 0
         selection = self.selection(placement.cap)
-        return first_recent(self.capacity, placement.positions, "" if selection is None else selection.encode())
+        return first_recent(self.capacity, placement.positions, "" if selection is None else selection.encode(), 0)
 
     def sizes(self, placement: Placement, budgets: Budgets) -> TierSizes | None:
         """What the tiers hold where nothing is deleted; None = it does not fit the host and the disk."""

@@ -12,7 +12,7 @@ import torch
 
 from .. import compat
 from ..config import AlisaConfig
-from ..errors import CacheError, InfeasibleError, TierError
+from ..errors import AlisaError, CacheError, InfeasibleError, NotAvailableError, TierError
 from ..kernels.kv_append.tiered import place_rows
 from ..kernels.kv_select.reference import choose
 from ..kernels.selection import SPARSE_BLOCK, SelectionSpec
@@ -27,6 +27,7 @@ from .tiers import Pool, RowForm, RowShape, Tier, TierSizes, identity_table
 Place = Callable[[int, int], TierSizes | None]
 
 _COPIED_POSITIONS = 256  # at a time, where rows go from one store to another
+_LESS_MEMORY = "lower max_new_tokens, max_length or the batch size, or set kv_dtype='int8'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ class TokenStore:
     The tensors are attributes because traced code reads them there, which makes each a graph input shared by all
     layers: `pool [N, 2, P, D]`, `scales [N, 2, P]` or None, `table [L, B, G, C]` int32, `length [L]` int64,
     `valid [B, C]` bool, and for sparse policies `scores [L, B, G, R, C]`, `rows [L, B, G, W]` int32, `counts [L, B, G]`
-    int32 and `origin [1]` int64, the length after the last dense block, from which refresh steps are counted.
+    int32 and `origin [2]` int64: the length after the last dense block, from which refresh steps are counted, and
+    the cap on working sets that the budget forces (0 = none).
     Capacity is never a number in traced code: it is `table.shape[3]`, so a graph serves every capacity.
 
     place: where rows go by batch size and capacity; None, or a result of None: all of them to the device. Where
@@ -92,6 +94,7 @@ class TokenStore:
         self.tiers: TierState | None = None
         self.ticket: torch.Tensor | None = None
         self.broken: TierError | None = None  # rows are lost until the next reset
+        self._no_room: AlisaError | None = None  # why the store has not grown for the coming token
         self.disk: DiskFile | None = None
         self._allocate(capacity)
 
@@ -102,20 +105,26 @@ class TokenStore:
         leading = (shape.num_layers, shape.batch_size, groups)
         lists = shape.num_layers * shape.batch_size * groups
         sizes = None if self._place is None else self._place(shape.batch_size, capacity)
+        if sizes is not None and device.type != "cpu":
+            raise NotAvailableError(
+                "rows below the device are not available yet on a GPU",
+                got=f"{capacity} tokens x {shape.batch_size} sequences, {sizes.device} tokens of which fit {device}",
+                fix=f"raise device_kv_budget, or {_LESS_MEMORY}",
+            )
         slots = lists * (capacity if sizes is None else sizes.device)
         cap = None if sizes is None else sizes.max_rows
         selection = selection_spec(self.config if cap is None else dataclasses.replace(self.config, max_rows=cap))
         tiers = ticket = disk = None
         scores = rows = counts = origin = None
         try:
-            pool = Pool.allocate(Tier.DEVICE, self.row, slots, device)
+            pool = self._make_pool(Tier.DEVICE, slots, device, capacity)
             if sizes is None:
                 table = identity_table(*leading, capacity, device)
             else:
                 table = torch.full((*leading, capacity), -1, dtype=torch.int32, device=device)
                 if sizes.disk:
                     disk = DiskFile(self.config.disk_path, lists, sizes.disk, self.row.bytes_per_row)
-                tiers = self._make_tiers(sizes, disk)
+                tiers = self._make_tiers(sizes, disk, capacity)
                 ticket = torch.zeros(shape.num_layers + 1, dtype=torch.int64)
                 ticket[-1] = tiers.number
             length = torch.zeros(shape.num_layers, dtype=torch.int64, device=device)
@@ -126,19 +135,23 @@ class TokenStore:
                 scores = torch.zeros((*leading, ring, capacity), dtype=score_dtype(shape.dtype), device=device)
                 rows = torch.zeros((*leading, width), dtype=torch.int32, device=device)
                 counts = torch.full(leading, -1, dtype=torch.int32, device=device)
-                origin = torch.zeros(1, dtype=torch.int64, device=device)
+                origin = torch.tensor([0, cap or 0], dtype=torch.int64, device=device)
+        except AlisaError:  # some of them are RuntimeErrors as well
+            raise
         except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
             raise CacheError(
-                "there is not enough memory for the KV store",
-                got=f"{capacity} tokens x {shape.batch_size} sequences, "
-                f"{slots * self.row.bytes_per_row / 2**20:.0f} MiB of rows on {device}",
-                fix="lower max_new_tokens, max_length or the batch size, or set kv_dtype='int8'",
+                "there is not enough memory for the tables of the KV store",
+                got=f"{capacity} tokens x {shape.batch_size} sequences on {device}",
+                fix=_LESS_MEMORY,
             ) from error
         self.device_pool, self.pool, self.scales = pool, pool.rows, pool.scales
         self.table, self.length, self.valid = table, length, valid
         self.scores, self.rows, self.counts, self.origin = scores, rows, counts, origin
         self.tiers, self.ticket, self.disk = tiers, ticket, disk
-        self.selection, self.spec = selection, selection.encode() if selection else ""
+        self.selection = selection
+        # Without the plan's cap, which reaches the graph as a number in `origin`: no other graph for another budget.
+        plain = selection_spec(self.config)
+        self.spec = plain.encode() if plain else ""
         if tiers is not None:
             tiers.open(pool.rows, pool.scales)
         self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
@@ -151,13 +164,27 @@ class TokenStore:
                 mark = compat.mark_dynamic if (id(tensor), dim) in dynamic else compat.mark_static
                 mark(tensor, dim)
 
-    def _make_tiers(self, sizes: TierSizes, disk: DiskFile | None) -> TierState:
+    def _make_pool(self, tier: Tier, slots: int, device: torch.device, capacity: int) -> Pool:
+        """capacity: for the error alone, whose user knows tokens and not slots."""
+        try:
+            return Pool.allocate(tier, self.row, slots, device)
+        except (RuntimeError, MemoryError) as error:
+            size = slots * self.row.bytes_per_row / 2**20
+            below = "host_kv_budget" if tier is Tier.DEVICE else "disk_kv_budget"
+            raise CacheError(
+                f"there is not enough memory for the {tier.value} tier of the KV store",
+                got=f"{size:.2f} MiB of rows on {device}, for {capacity} tokens x {self.shape.batch_size} sequences",
+                fix=f"set a lower {tier.value}_kv_budget and a {below} for the other rows; {_LESS_MEMORY}",
+            ) from error
+
+    def _make_tiers(self, sizes: TierSizes, disk: DiskFile | None, capacity: int) -> TierState:
         shape, device = self.shape, self.shape.device
         lists = shape.num_layers * shape.batch_size * self.groups
-        host = Pool.allocate(Tier.HOST, self.row, lists * sizes.host, torch.device("cpu"))
-        staging = Pool.allocate(Tier.DEVICE, self.row, shape.batch_size * self.groups * sizes.staging, device)
+        host = self._make_pool(Tier.HOST, lists * sizes.host, torch.device("cpu"), capacity)
+        staging = self._make_pool(Tier.DEVICE, shape.batch_size * self.groups * sizes.staging, device, capacity)
         return TierState(
             quota=sizes.device,
+            max_rows=sizes.max_rows or 0,
             groups=self.groups,
             host=host.rows,
             host_scales=host.scales,
@@ -296,7 +323,8 @@ class TokenStore:
         if self.scores is not None:
             self.scores.zero_()
         self.attend_to_all()
-        self.broken = None
+        self.broken = self._no_room = None
+        disk_has_failed = self._disk_has_failed()
         if self.tiers is not None:
             recover(self.tiers)
         self._forget_from(0)
@@ -304,6 +332,34 @@ class TokenStore:
         self.host_length = 0
         self._set_origin(0)
         self._in_step = False
+        if disk_has_failed:
+            self._replace_file()  # the old one may fail again
+
+    def _disk_has_failed(self) -> bool:
+        """Whether a transfer with the disk ever went wrong; waits for those that run."""
+        if self.tiers is None or self.disk is None:
+            return False
+        try:
+            drain(self.tiers)
+        except TierError:
+            return True
+        return self.disk.has_failed
+
+    def _replace_file(self) -> None:
+        """Let an empty store go on with a new file."""
+        assert self.tiers is not None and self.ticket is not None and self.disk is not None
+        self.tiers.close()
+        self.disk.close()  # first: there may be no space for two
+        self.ticket[:-1] = 0  # transfers are numbered anew
+        regions = self.tiers.owner.numel() // self.tiers.quota
+        try:
+            file = DiskFile(self.config.disk_path, regions, self.disk.positions, self.row.bytes_per_row)
+        except TierError as error:
+            self.disk.has_failed = True
+            self.broken = error
+            raise
+        self.disk = self.tiers.disk = file
+        self.tiers.open(self.pool, self.scales)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from position `length` on, as after rejected drafts. Not inside a step.
@@ -349,6 +405,7 @@ class TokenStore:
         lacking = (self.table[..., self.host_length] < 0).flatten(1).any(1)
         if not bool(lacking.any()):
             return
+        drain(tiers)  # the ops would not say in a TierError what failed before
         ops = torch.ops.alisa
         for layer in lacking.nonzero().flatten().tolist():
             ops.kv_offload(self.pool, self.scales, self.table, self.length, ticket, layer, self.spec)
@@ -406,15 +463,20 @@ class TokenStore:
             else:
                 owner[source] = target
                 moved.append(source)
+        if self.tiers is not None:
+            drain(self.tiers)
         self.table.copy_(self.table[:, moved])
         if self.tiers is None:
             pool, used = self.device_pool, self.host_length
             _move_rows(pool, self.table[:, originals], pool, self.table[:, duplicates], used)
         else:
-            drain(self.tiers)
             self.tiers.home.copy_(self.tiers.home[moved])
-            for original, duplicate in zip(originals, duplicates, strict=True):
-                self.tiers.copy_sequence(self.pool, self.scales, self.table, original, duplicate)
+            try:
+                for original, duplicate in zip(originals, duplicates, strict=True):
+                    self.tiers.copy_sequence(self.pool, self.scales, self.table, original, duplicate)
+            except TierError as error:  # some sequences are neither what they were nor what they were to be
+                self.broken = error
+                raise
         for tensor in self._selection_state():
             tensor.copy_(tensor[:, index])
         self.valid.copy_(self.valid[index])
@@ -433,10 +495,15 @@ class TokenStore:
         length, valid, scores, rows, counts = self.length, self.valid, self.scores, self.rows, self.counts
         old_capacity = self.capacity
         try:
-            self._allocate(max(tokens, 2 * self.capacity))
-        except InfeasibleError:  # twice as many do not fit the budgets; what is asked for may
-            self._allocate(tokens)
-        self._take_rows(old, list(range(self.shape.batch_size)), self.host_length)
+            try:
+                self._allocate(max(tokens, 2 * self.capacity))
+            except InfeasibleError:  # twice as many do not fit the budgets; what is asked for may
+                self._allocate(tokens)
+            self._take_rows(old, list(range(self.shape.batch_size)), self.host_length)
+        except BaseException:  # rows that could not be moved, or an interrupt while they were
+            vars(self).update(vars(old))
+            raise
+        self._no_room = None
         self._counted = old.counters()
         self.length.copy_(length)
         self._set_origin(self.host_origin)
@@ -447,7 +514,7 @@ class TokenStore:
     def _set_origin(self, tokens: int) -> None:
         self.host_origin = tokens
         if self.origin is not None:
-            self.origin.fill_(tokens)
+            self.origin[0] = tokens
 
     def _carry_selection(
         self, scores: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, old_capacity: int
@@ -462,8 +529,16 @@ class TokenStore:
                 ranks = torch.arange(max(0, count - old_ring), count, device=scores.device)
                 source = scores[:, sequence, :, ranks % old_ring]
                 self.scores[:, sequence, :, ranks % ring, :old_capacity] = source
-        self.rows[..., : rows.shape[-1]] = rows
-        self.counts.copy_(counts)
+        if rows.shape[-1] <= self.rows.shape[-1]:
+            self.rows[..., : rows.shape[-1]] = rows
+            self.counts.copy_(counts)
+            return
+        # Larger tables leave the device fewer rows, and the working sets are smaller now.
+        assert self.selection is not None
+        valid = self.valid if self.padded else None
+        for layer, dense in enumerate((counts < 0).flatten(1).any(1).tolist()):
+            if not dense:
+                choose(self.scores, self.rows, self.counts, self.host_length, valid, layer, self.selection)
 
     @property
     def last_layer(self) -> int:
@@ -477,6 +552,8 @@ class TokenStore:
         if self.broken is not None:
             raise self.broken
         if self.host_length + new_tokens > self.capacity:
+            if self._no_room is not None:
+                raise self._no_room
             raise CacheError(
                 "the cache is full",
                 got=f"{self.host_length} tokens stored and {new_tokens} new ones",
@@ -498,7 +575,7 @@ class TokenStore:
         if self.tiers is None:
             return self._counted
         drain(self.tiers)
-        now = (*self.tiers.traffic.tolist(), self.tiers.rows_missed)
+        now = self.tiers.traffic.tolist()
         return tuple(earlier + count for earlier, count in zip(self._counted, now, strict=True))
 
     def note_sparse_layers(self, count: int) -> None:
@@ -507,6 +584,12 @@ class TokenStore:
 
     def end_step(self, new_tokens: int) -> None:
         """Host work after the ops of a forward pass: lengths, statistics, and room for one more token."""
+        if self.disk is not None:
+            try:
+                self.disk.check()
+            except TierError as error:
+                self.broken = error
+                raise
         self.host_length += new_tokens
         if not self.has_history or new_tokens > SPARSE_BLOCK:
             self._set_origin(self.host_length)
@@ -517,7 +600,10 @@ class TokenStore:
         phase = "II" if self.tiers is not None and bool(self.tiers.below.any()) else "I"
         self.statistics.note_step(new_tokens, self.host_length, since, self._sparse_layers, elapsed_ms, phase)
         if self.host_length >= self.capacity:
-            self.reserve(self.host_length + 1)
+            try:
+                self.reserve(self.host_length + 1)
+            except AlisaError as error:  # this step has its result; the next one, if there is one, cannot begin
+                self._no_room = error.with_traceback(None)  # which would keep what was allocated before it
 
     def abort_step(self) -> None:
         """A forward pass failed half-way: forget its tokens, and attend to everything in the next step.

@@ -238,3 +238,20 @@ def test_everything_fits_without_movement_nodes(model: Any, prompt: torch.Tensor
     report = alisa_compile.report(candidate).to_dict()
     assert report["phases"] == [{"phase": "I", "first_step": 0, "last_step": 2}]
     assert report["bytes_moved"] == dict.fromkeys(report["bytes_moved"], 0)
+
+
+def test_a_budget_below_the_working_sets(model: Any, prompt: torch.Tensor) -> None:
+    """`max_rows="auto"`: the working set stays at what fits. The cap is a number of the plan, not of the graph."""
+    candidate = compiled(model, inner="aot_eager", device_kv_budget="1.2MiB")
+    caps = []
+    for length in (700, 900):
+        got = generate(candidate, prompt[:, :length], max_new_tokens=30, min_new_tokens=30)
+        store = session_of(candidate).stores[0]  # type: ignore[union-attr]
+        caps.append(store.selection.max_rows)
+        assert 2 <= caps[-1] < 0.2 * length and f"max_rows={caps[-1]}" not in store.spec
+        report = alisa_compile.report(candidate).to_dict()
+        assert report["graphs_compiled"] == 2 and report["recompiles"] == 0 and report["misses"] == 0
+        assert report["effective_sparsity"] > 0.79  # 0.776 without a cap, refreshes included
+        alone = compiled(model, inner="eager", max_rows=caps[-1])
+        assert torch.equal(got, generate(alone, prompt[:, :length], max_new_tokens=30, min_new_tokens=30))
+    assert caps[0] != caps[1]

@@ -130,7 +130,7 @@ class SelectionRun:
         ops.kv_seed(*self._state(mass), tokens, self.layer, self.store.spec)
         self.check(tokens)
         assert self.store.origin is not None
-        self.store.origin.fill_(self.origin)
+        self.store.origin[0] = self.origin
 
     def step(self) -> None:
         """A decode step over the current working set; mass past the count, which means nothing, is NaN."""
@@ -246,7 +246,7 @@ def test_decayed_scores_over_many_rescales(window: int, dtype: torch.dtype) -> N
         counts.fill_(-1)  # dense steps: mass by position
         mass = torch.zeros((1, 1, capacity), dtype=dtype)
         mass[..., :tokens] = torch.rand(tokens, generator=generator, dtype=torch.float64)
-        ops.kv_select(scores, rows, counts, mass, length, torch.zeros(1, dtype=torch.int64), None, 0, spec)
+        ops.kv_select(scores, rows, counts, mass, length, torch.zeros(2, dtype=torch.int64), None, 0, spec)
         expected = expected * decay + mass[0, 0].double()
         got = scores[0, 0, 0, 0].double()
         assert float(got.max()) < 2.0 ** (16 * window + 2)
@@ -273,7 +273,7 @@ def test_seeding_in_blocks_equals_one_row_at_a_time(chunks: list[int]) -> None:
         end = int(length)
         used = min(4 * window, tokens)
         mass = every[end - used : end][None, None]
-        ops.kv_seed(scores, rows, counts, mass, length, torch.zeros(1, dtype=torch.int64), None, tokens, 0, spec)
+        ops.kv_seed(scores, rows, counts, mass, length, torch.zeros(2, dtype=torch.int64), None, tokens, 0, spec)
     got = scores[0, 0, 0, 0]
     # Rows older than four windows of a block are left out by design: at most decay ** 12 of the whole.
     torch.testing.assert_close(got / got.sum(), expected / expected.sum(), rtol=0, atol=(2 / 3) ** 12)

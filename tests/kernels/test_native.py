@@ -466,7 +466,7 @@ def test_attention_refuses_other_shapes() -> None:
 
 # ------------------------------------------------------------------------------------------------ kv_select and kv_seed
 
-_ORIGIN = torch.zeros(1, dtype=torch.int64)
+_ORIGIN = torch.zeros(2, dtype=torch.int64)
 _SPECS = {
     "decay": SelectionSpec(Fraction(1, 10), Fraction(1, 10), window=16),
     "short_window": SelectionSpec(Fraction(1, 4), Fraction(1, 4), window=2, sinks=3),
@@ -543,7 +543,7 @@ def test_selection_is_the_references(name: str, dtype: torch.dtype, padded: bool
             valid = torch.rand((batch, capacity), generator=generator) < 0.8
             valid[:, prompt - 1 :] = True
             valid[-1, prompt + 3] = False
-        layer, length, origin = 1, torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        layer, length, origin = 1, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
 
         while (start := int(length[layer])) < capacity:
             block = min(capacity - start, draw.choice([1, 1, 1, 1, 1, 1, 1, 4, 17])) if start else prompt
@@ -567,7 +567,7 @@ def test_selection_is_the_references(name: str, dtype: torch.dtype, padded: bool
             _equal(actual.counts, expected.counts)
             _equal(actual.rows, expected.rows)
             if start == 0 or block > SPARSE_BLOCK:
-                origin.fill_(start + block)
+                origin[0] = start + block
 
 
 @pytest.mark.usefixtures("built")

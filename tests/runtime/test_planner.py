@@ -324,7 +324,7 @@ def test_opt_30b_at_the_setting_of_the_paper() -> None:
     # 16e9 bytes are 181.7 positions, less 2.8 of staging and tables.
     assert planned(16 * 10**9, 128 * GIB, prompt=128, new=512, shape=opt_30b(), sparsity=0.0).p1 == 178 - 128
     sparse = planned(16 * GIB, 128 * GIB, prompt=128, new=512, shape=opt_30b())
-    scores, sets = 48 * 64 * 640 * 4, 48 * 64 * (128 + 1) * 4 + 8
+    scores, sets = 48 * 64 * 640 * 4, 48 * 64 * (128 + 1) * 4 + 16
     without_owners = table + valid + length + movement + scores + sets
     fits = (16 * GIB - without_owners - staging) // slot
     assert sparse.fixed_bytes == without_owners + fits * (slot - position)

@@ -57,7 +57,7 @@ def place_rows(
     """Put the rows `[B, G, T, 2, P, D]`, scales `[B, G, T, 2, P]`, of the positions from `start` on in their tiers."""
     drain(state)
     end, below = start + rows.shape[2], int(state.below[layer])
-    first = max(below, first_recent(end, state.quota, spec))
+    first = max(below, first_recent(end, state.quota, spec, state.max_rows))
     if below < min(first, start):
         slots = table[layer, :, :, below : min(first, start)].long()
         state.down(layer, pool[slots], None if scales is None else scales[slots])

@@ -21,7 +21,7 @@ def kv_offload(
     state = state_of(ticket)
     drain(state)
     tokens = int(length[layer])
-    first, end = int(state.below[layer]), first_recent(tokens, state.quota, spec)
+    first, end = int(state.below[layer]), first_recent(tokens, state.quota, spec, state.max_rows)
     if first >= end:
         return
     slots = table[layer, :, :, first:end].long()

@@ -379,8 +379,11 @@ void select_or_seed(StableIValue* stack, bool seed) {
   if (valid) valid.contiguous(2);
   require(scores.type == mass.type, "alisa: the attention mass does not have the dtype of the scores");
   const int64_t tokens = length.contiguous(1).data<int64_t>()[layer];
-  const int64_t since = origin.contiguous(1).data<int64_t>()[0];
-  const SelectCall call{scores, rows, counts, mass, valid, layer, tokens, since, selection_of(spec)};
+  const int64_t* since = origin.contiguous(1).data<int64_t>();
+  require(origin.size[0] == 2, "alisa: the origin has two entries");
+  Selection policy = selection_of(spec);
+  if (since[1] != 0) policy.max_rows = since[1];
+  const SelectCall call{scores, rows, counts, mass, valid, layer, tokens, since[0], policy};
   const bool wide = scores.type == Type::kDouble;
   require(wide || scores.type == Type::kFloat, "alisa: scores are float32 or float64");
   if (seed) {

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..selection import SPARSE_BLOCK, SelectionSpec, decode_spec
+from ..selection import SPARSE_BLOCK, SelectionSpec, capped, decode_spec
 
 ALL_ROWS = -1  # a count that stands for every valid position
 
@@ -22,11 +22,11 @@ def kv_select(
     """After a decode step: add its attention mass to the scores, then choose the next step's working set.
 
     scores: `[L, B, G, R, C]`, a sum (R = 1) or a ring of the last R attention rows; rows: `[L, B, G, W]` int32; counts:
-    `[L, B, G]` int32; mass: `[B, G, C]` from `swa_attention`; length: `[L]`; origin: `[1]` int64, tokens there were
-    after the last dense block; valid: `[B, C]` or None.
+    `[L, B, G]` int32; mass: `[B, G, C]` from `swa_attention`; length: `[L]`; origin: `[2]` int64, tokens there were
+    after the last dense block, and the cap on rows that the device's budget forces (0 = none); valid: `[B, C]` or None.
     Rows that were not attended add nothing: the paper leaves this open, and writing zeros is its literal reading.
     """
-    policy = decode_spec(spec)
+    policy = capped(decode_spec(spec), int(origin[1]))
     tokens = int(length[layer])
     count = counts[layer]
     row = torch.zeros_like(mass)
@@ -49,7 +49,7 @@ def kv_select(
         write_ring(state, row.unsqueeze(2), _valid_tokens(valid, tokens, mass), own)
     elif policy.rank == "sum":
         state[:, :, 0] += row
-    _choose_next(scores, rows, counts, tokens, int(origin), valid, 1, layer, policy)
+    _choose_next(scores, rows, counts, tokens, int(origin[0]), valid, 1, layer, policy)
 
 
 def kv_seed(
@@ -65,7 +65,7 @@ def kv_seed(
     spec: str,
 ) -> None:
     """After `new_tokens` tokens in one block: the same, from the mass `[B, G, R, <= C]` of the block's last rows."""
-    policy = decode_spec(spec)
+    policy = capped(decode_spec(spec), int(origin[1]))
     tokens = int(length[layer])
     seed_rows, columns = mass.shape[2], mass.shape[3]
     state = scores[layer]
@@ -83,7 +83,7 @@ def kv_seed(
         write_ring(state, padded, _valid_tokens(valid, tokens, mass), own)
     elif policy.rank == "sum":
         state[:, :, 0, :columns] += mass[:, :, 0]
-    _choose_next(scores, rows, counts, tokens, int(origin), valid, new_tokens, layer, policy)
+    _choose_next(scores, rows, counts, tokens, int(origin[0]), valid, new_tokens, layer, policy)
 
 
 def _valid_tokens(valid: torch.Tensor | None, tokens: int, like: torch.Tensor) -> torch.Tensor:

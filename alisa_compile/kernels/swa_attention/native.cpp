@@ -5,8 +5,10 @@
 // tile several rows advance together, head by head. One slot after the other would wait for each page to be found.
 // The dot products of 16 pairs of a row and a head are reduced together, and where the dtypes allow it they are taken
 // without widening the rows to float32 (`BFloat16Dot`, `Int8Dot`); weighted sums then take rows in pairs.
+//
+// Rows without a device slot are copied to staging when their tile is due: tiles and sums are the same as with slots.
 
-#include "../native.h"
+#include "../tiers.h"
 
 namespace {
 
@@ -16,6 +18,7 @@ struct Attended {
   const int32_t* positions;  // ascending, or null for every position
   const bool* valid;         // or null
   int64_t count;             // entries, attended or not
+  int64_t region;            // of its rows below the device
 };
 
 struct Problem {
@@ -527,7 +530,7 @@ void weigh_tile(int64_t count, const typename Dot::Acc* query_scales, const Prob
 template <class Dot>
 void attend_block(const Attended& attended, int64_t begin, int64_t end, const void* prepared,
                   const typename Dot::Acc* query_scales, const Problem& problem,
-                  const Partial<typename Dot::Acc>& partial) {
+                  const Partial<typename Dot::Acc>& partial, Stage* stage) {
   using Row = typename Dot::Row;
   using Acc = typename Dot::Acc;
   const auto* query = static_cast<const typename Dot::Query*>(prepared);
@@ -539,12 +542,24 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
 
   const Row* keys[(kMostTiles + 2) * kTile];  // the last is repeated: tiles are read whole, and one ahead
   const float* scales[(kMostTiles + 2) * kTile];
+  int32_t away[(kMostTiles + 2) * kTile];  // positions of rows without a slot, else -1; only with a stage
   int64_t count = 0, gathered = 0;
   for (int64_t i = begin; i < std::min(end + kTile, attended.count); ++i) {
     if (i == end) count = gathered;
     const int64_t position = attended.positions == nullptr ? i : attended.positions[i];
     if (attended.valid != nullptr && !attended.valid[i]) continue;
     const int64_t slot = attended.slots[position];
+    if (stage != nullptr) {
+      away[gathered] = slot < 0 ? static_cast<int32_t>(position) : -1;
+      if (slot < 0) {  // until its tile is due it is where it is: asked for ahead as the others are
+        keys[gathered] = reinterpret_cast<const Row*>(stage->source(0, attended.region, position));
+        if (problem.scales != nullptr) {
+          scales[gathered] = reinterpret_cast<const float*>(stage->source(1, attended.region, position));
+        }
+        ++gathered;
+        continue;
+      }
+    }
     keys[gathered] = static_cast<const Row*>(problem.pool) + slot * 2 * heads * dim;
     if (problem.scales != nullptr) scales[gathered] = problem.scales + slot * 2 * heads;
     ++gathered;
@@ -563,6 +578,14 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
   for (int64_t first_row = 0; first_row < count; first_row += kTile) {
     const Row* const* rows = keys + first_row;
     const int64_t tile = first_row / kTile, tile_rows = std::min(kTile, count - first_row);
+    if (stage != nullptr) {
+      if (!stage->fetch(attended.region, away + first_row, tile_rows)) return;
+      for (int64_t i = 0; i < tile_rows; ++i) {
+        if (away[first_row + i] < 0) continue;
+        keys[first_row + i] = reinterpret_cast<const Row*>(stage->staged(0, i));
+        if (problem.scales != nullptr) scales[first_row + i] = reinterpret_cast<const float*>(stage->staged(1, i));
+      }
+    }
     Acc* weights = partial.weights == nullptr ? local : partial.weights + tile * query_heads * kTile;
     if constexpr (!Dot::kPairs) {
       if (problem.scales == nullptr) tile_scratch.values = weights;
@@ -612,14 +635,16 @@ struct AttentionCall {
   int64_t layer, tokens;
   double scale;
   Tensor &out, &mass;
+  Tiers* tiers;  // of the rows without a slot; null: all have one
 };
 
 template <class Acc>
 struct Kernel {
   int64_t elements, query_bytes;  // at a time, and of one prepared element
   Acc (*prepare)(const Acc*, int64_t, int64_t, void*);
-  void (*few)(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&);
-  void (*many)(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&);
+  using Attend = void(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&,
+                      Stage*);
+  Attend *few, *many;
 };
 
 // For sequences of fewer than kManyRows rows, and for the others.
@@ -696,6 +721,27 @@ void write_row(Tensor& tensor, int64_t index, int64_t count, const Acc* values, 
   }
 }
 
+// Units whose rows may be below: every worker has a tile's part of staging and takes unit after unit, since some copy
+// many rows and some none.
+template <class Body>
+void attend_from_below(Tiers& tiers, int64_t layer, int64_t units, int64_t tile_rows, int64_t work, const Body& body) {
+  const int64_t parts = tiers.staging_rows() / tile_rows, workers = std::clamp<int64_t>(parts, 1, units);
+  Device small = {};  // where staging cannot hold a tile: one of ours, which any plan's can
+  if (parts == 0) {
+    small = {{aligned<char, 12>(tile_rows * tiers.row_bytes(0)), aligned<char, 13>(tile_rows * tiers.row_bytes(1))}};
+  }
+  std::atomic<int64_t> next{0};
+  Tally tally;
+  parallel(workers, work, [&](int64_t worker) {
+    Stage stage(tiers, layer, parts == 0 ? small : tiers.staging(worker * tile_rows));
+    for (int64_t unit; stage.failure.empty() && (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+      body(unit, &stage);
+    }
+    tally.add(stage);
+  });
+  tiers.note(tally.traffic, tally.failure);
+}
+
 template <class Acc>
 void attend(const AttentionCall& call) {
   const Kernel<Acc> kernel = kernel_for<Acc>(call.pool.type, call.query.type);
@@ -728,14 +774,18 @@ void attend(const AttentionCall& call) {
   auto attended = [&](int64_t pair) -> Attended {
     const int64_t b = pair / groups, at = layer * batch * groups + pair;
     const int32_t* slots = call.table.data<int32_t>() + at * capacity;
-    if (dense) return {slots, nullptr, call.valid ? call.valid.data<bool>() + b * capacity : nullptr, call.tokens};
-    return {slots, call.rows.data<int32_t>() + at * width, nullptr, counts[pair]};
+    const int64_t region = call.tiers == nullptr ? 0 : call.tiers->region(layer, b, pair % groups);
+    if (dense) {
+      return {slots, nullptr, call.valid ? call.valid.data<bool>() + b * capacity : nullptr, call.tokens, region};
+    }
+    return {slots, call.rows.data<int32_t>() + at * width, nullptr, counts[pair], region};
   };
-  int64_t blocks = 1, attended_rows = 0;
+  int64_t blocks = 1, attended_rows = 0, most_rows = 1;
   for (int64_t pair = 0; pair < batch * groups; ++pair) {
     const int64_t count = attended(pair).count, rows = block_rows(count);
     blocks = std::max(blocks, (count + rows - 1) / rows);
     attended_rows += count;
+    most_rows = std::max(most_rows, count);
   }
 
   // A unit is one block of a pair. The largest logits and the totals of a pair lie by block, then by head.
@@ -755,15 +805,21 @@ void attend(const AttentionCall& call) {
     Acc* weights = base + 2 * head_size + out_size;
     return {base, base + head_size, base + 2 * head_size, wanted ? weights : nullptr, weights + weights_size};
   };
-  parallel(units, attended_rows * query_heads * dim, [&](int64_t unit) {
+  const auto attend_unit = [&](int64_t unit, Stage* stage) {
     const int64_t pair = unit / blocks, block = unit % blocks;
     const Attended own = attended(pair);
     const int64_t rows = block_rows(own.count), begin = block * rows;
     if (begin >= own.count && block > 0) return;
     (own.count < kManyRows ? kernel.few : kernel.many)(
         own, begin, std::min(begin + rows, own.count), queries + pair * query_heads * padded * kernel.query_bytes,
-        query_scales + pair * query_heads, problem, partial_of(pair, block));
-  });
+        query_scales + pair * query_heads, problem, partial_of(pair, block), stage);
+  };
+  const int64_t work = attended_rows * query_heads * dim;
+  if (call.tiers == nullptr) {
+    parallel(units, work, [&](int64_t unit) { attend_unit(unit, nullptr); });
+  } else {
+    attend_from_below(*call.tiers, layer, units, std::min(kTile, most_rows), work, attend_unit);
+  }
 
   // Combine the blocks of each pair in order.
   Acc* largests = aligned<Acc, 6>(2 * pairs * head_size);
@@ -825,7 +881,8 @@ void attend(const AttentionCall& call) {
   });
 }
 
-void swa_attention(StableIValue* stack, uint64_t, uint64_t) {
+// Both overloads; `tiered` has a ticket as well.
+void decode_step(StableIValue* stack, bool tiered) {
   Arguments arguments(stack);
   Tensor query = arguments.tensor();
   Tensor pool = arguments.tensor();
@@ -837,6 +894,7 @@ void swa_attention(StableIValue* stack, uint64_t, uint64_t) {
   Tensor counts = arguments.optional_tensor();
   const int64_t layer = arguments.integer();
   const double scale = arguments.real();
+  Tensor ticket = tiered ? arguments.tensor() : Tensor();
 
   pool.contiguous(4);
   table.contiguous(4);
@@ -853,10 +911,33 @@ void swa_attention(StableIValue* stack, uint64_t, uint64_t) {
   Tensor out = empty({query.size[0], query.size[1], 1, query.size[3]}, query.type);
   Tensor mass = empty({table.size[1], table.size[2], rows && counts ? table.size[3] : 0},
                       wide ? Type::kDouble : Type::kFloat);
-  const AttentionCall call{query, pool, scales, table, valid, rows, counts, layer, tokens, scale, out, mass};
+
+  std::shared_ptr<Tiers> tiers;
+  if (tiered) {
+    tiers = tiers_of(ticket);
+    const int64_t lists = table.size[1] * table.size[2];
+    bool dense = !rows || !counts;
+    for (int64_t i = 0; !dense && i < lists; ++i) dense = counts.data<int32_t>()[layer * lists + i] < 0;
+    const int64_t missed = dense ? 0 : tiers->misses(layer);
+    if (dense ? tiers->below(layer) == 0 : missed == 0) {
+      tiers.reset();  // all that is attended to has a slot
+    } else {
+      require(lists == tiers->batch * tiers->groups, "alisa: the table does not have the shape of the store");
+      tiers->device(pool, scales);
+      tiers->drain();
+      int64_t traffic[kTrafficPlaces] = {};
+      traffic[kRowsMissed] = missed;
+      tiers->note(traffic, "");
+    }
+  }
+  const AttentionCall call{query, pool, scales, table, valid, rows, counts, layer, tokens, scale, out, mass,
+                           tiers.get()};
   wide ? attend<double>(call) : attend<float>(call);
   stack[0] = result(std::move(out));
   stack[1] = result(std::move(mass));
 }
+
+void swa_attention(StableIValue* stack, uint64_t, uint64_t) { decode_step(stack, false); }
+void swa_attention_tiered(StableIValue* stack, uint64_t, uint64_t) { decode_step(stack, true); }
 
 }  // namespace

@@ -33,4 +33,6 @@ _ARGUMENTS = (
 )
 
 define(f"swa_attention({_ARGUMENTS}) -> (Tensor, Tensor)", swa_attention, _fake, native=True)
-define(f"swa_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", swa_attention_tiered, _fake)
+define(
+    f"swa_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", swa_attention_tiered, _fake, native=True
+)

@@ -4,7 +4,7 @@ import torch
 
 from ..kv_read.reference import read_rows
 from ..streaming import decode_in_blocks
-from ..tiers import state_of
+from ..tiers import ROWS_MISSED, state_of
 from .reference import attend_to_rows, score_dtype
 
 
@@ -24,8 +24,9 @@ def swa_attention_tiered(
     """`swa_attention` of a store whose rows do not all fit the device.
 
     A working set is on the device, as `kv_prefetch` has seen to, and so the plain op serves; rows that it missed are
-    fetched here. Where all positions are attended, those below the device stream through it in blocks. ticket: see
-    `kernels/tiers.py`.
+    fetched here. Where all positions are attended, those below the device stream through it in blocks. The native
+    kernel streams tile by tile and gives the plain kernel's bits; it leaves out rows of padding, which are fetched and
+    counted here. ticket: see `kernels/tiers.py`.
     """
     state = state_of(ticket)
     plain = (query, pool, scales, table, length, valid, rows, counts, layer, scale)
@@ -37,7 +38,7 @@ def swa_attention_tiered(
     tokens = int(length[layer])
     if sparse:
         assert rows is not None and counts is not None
-        state.rows_missed += missed
+        state.traffic[ROWS_MISSED] += missed
         count = counts[layer]
         positions = rows[layer, :, :, : int(count.max())].long()
         attends = torch.arange(positions.shape[-1], device=query.device) < count.unsqueeze(-1)
