@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import kernels as _kernels  # noqa: F401  (registers the alisa:: ops)
 from .api import disable, enable, plan, release, report
 from .config import AlisaConfig
-from .errors import AlisaError, CacheError, ConfigError, InfeasibleError, NotAvailableError, ProfileError
+from .errors import AlisaError, CacheError, ConfigError, InfeasibleError, NotAvailableError, ProfileError, TierError
 
 if TYPE_CHECKING:
     from .hf.cache import AlisaCache
@@ -28,6 +28,7 @@ __all__ = [
     "InfeasibleError",
     "NotAvailableError",
     "ProfileError",
+    "TierError",
     "disable",
     "enable",
     "plan",

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import AlisaError, CacheError
-from .cache import AlisaLayer, refuse_gradients
+from .cache import AlisaLayer, failures_of, refuse_gradients
 
 NAME = "alisa"
 
@@ -57,7 +57,8 @@ def alisa_attention(
     if dropout != 0.0:
         raise AlisaError("AlisaCache is for inference", got="attention dropout", fix="call model.eval() first")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.no_grad():
+    assert layer.store is not None
+    with torch.no_grad(), failures_of(layer.store):
         out_heads = attend(layer, query, key, value, attention_mask, scale)
     if torch.is_grad_enabled() and query.requires_grad:
         out_heads = refuse_gradients(out_heads, query)

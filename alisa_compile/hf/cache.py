@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -100,7 +101,7 @@ class AlisaLayer(CacheLayerMixin):
                 *store.ticket_argument,
             )
             return keys, values
-        with torch.no_grad():
+        with torch.no_grad(), failures_of(store):
             keys, values = self._eager_update(store, key_states, value_states)
         if torch.is_grad_enabled() and key_states.requires_grad and keys is not key_states:
             keys, values = refuse_gradients(keys, key_states), refuse_gradients(values, value_states)
@@ -114,6 +115,9 @@ class AlisaLayer(CacheLayerMixin):
             store.reserve(store.host_length + new_tokens)
             store.begin_step(new_tokens)
         total = int(store.length[self.index]) + new_tokens
+        if store.is_tiered:
+            # What the layer started in the step before may still read the slot that this token takes.
+            torch.ops.alisa.kv_wait.default(store.pool, *store.ticket_argument, key_states, self.index)
         append(store, self.index, key_states, value_states, None)
         cache = self._cache()
         if cache is not None and cache.attends_sparsely:
@@ -295,7 +299,7 @@ class AlisaCache(Cache):
         ]
         from .planning import budgets_of, placer  # which knows this module's layers
 
-        budgets = budgets_of(self.decoder_config, shapes, self.options)
+        budgets = budgets_of(self.decoder_config, shapes, self.options, capacity)
         places = placer(self.decoder_config, shapes, self.options, budgets)
         self.adopt([TokenStore(shape, self.options, capacity, p) for shape, p in zip(shapes, places, strict=True)])
         for store in self.stores:
@@ -419,6 +423,18 @@ def refuse_gradients(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor
     """`tensor`, which depends on `source` in a way that autograd has not seen."""
     result: torch.Tensor = _RefuseGradients.apply(tensor, source)  # type: ignore[no-untyped-call]
     return result
+
+
+@contextlib.contextmanager
+def failures_of(store: TokenStore) -> Iterator[None]:
+    """An eager step that fails is undone, and says in a typed error if rows could not be moved."""
+    try:
+        yield
+    except Exception as error:
+        store.abort_step()
+        if store.broken is not None and store.broken is not error:
+            raise store.broken from error
+        raise
 
 
 def wrong_batch_size(got: int, expected: int) -> CacheError:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import AlisaConfig
-from ..errors import AlisaError, CacheError, ConfigError, NotAvailableError
+from ..errors import AlisaError, CacheError, ConfigError, InfeasibleError, NotAvailableError
 from ..runtime.budgets import Budgets, resolve
 from ..runtime.plan import ModelShape, Plan, make_plan, tier_sizes
 from ..runtime.profile import MachineProfile, obtain, profile_path
@@ -78,30 +78,39 @@ def plan(
     )
 
 
-def budgets_of(model_config: Any, stores: list[StoreShape], config: AlisaConfig) -> Budgets:
+def budgets_of(model_config: Any, stores: list[StoreShape], config: AlisaConfig, capacity: int) -> Budgets:
     """The budgets in bytes for stores about to be made, of a model whose weights are loaded.
 
-    model_config: of the model, or of its text decoder. stores: their shapes, one for each K/V shape.
+    model_config: of the model, or of its text decoder. stores: their shapes, one for each K/V shape, of so many tokens.
     """
     first, text = stores[0], model_config.get_text_config(decoder=True)
-    tokens = first.batch_size * PREFILL_TOKENS
+    # Where memory is short, longer prompts are read in chunks of so many tokens.
+    tokens = min(first.batch_size * capacity, PREFILL_TOKENS)
     return resolve(config, first.device, 0, _activation_bytes(text, tokens, first.batch_size, first.dtype))
 
 
-def placer(
-    model_config: Any, stores: list[StoreShape], config: AlisaConfig, budgets: Budgets | None = None
-) -> list[Place]:
+def placer(model_config: Any, stores: list[StoreShape], config: AlisaConfig, budgets: Budgets) -> list[Place]:
     """One `Place` for each store of a cache: together they keep the budgets, whatever the batch size and capacity.
 
-    budgets: default: `budgets_of` these stores, now; storage that is made later must not count against itself. A place
-    costs some arithmetic where everything fits, and raises `InfeasibleError` where nothing would.
+    budgets: of `budgets_of`, before the storage is made, which must not count against itself. A place costs some
+    arithmetic where everything fits, and raises `InfeasibleError` where nothing would, unless all budgets are `auto`.
     """
-    limits = budgets or budgets_of(model_config, stores, config)
+    limits = budgets
+    any_given = any(value != "auto" for value in (config.device_kv_budget, config.host_kv_budget)) or bool(limits.disk)
     hidden = int(model_config.get_text_config(decoder=True).hidden_size)
 
     def place(batch_size: int, capacity: int) -> TierSizes | None:
         shapes = tuple(dataclasses.replace(store, batch_size=batch_size) for store in stores)
-        return tier_sizes(ModelShape(shapes, hidden, 0), config, limits, capacity)
+        try:
+            sizes = tier_sizes(ModelShape(shapes, hidden, 0), config, limits, capacity)
+        except InfeasibleError as error:
+            if any_given:
+                raise
+            # Nobody asked for limits, and what is free is an estimate: the allocation itself will tell.
+            logger.warning("everything goes to the device, although it may not fit: %s", error)
+            return None
+        # On a GPU rows cannot be below the device yet: without a limit that was asked for, all of them go there.
+        return None if not any_given and stores[0].device.type != "cpu" else sizes
 
     return [place] * len(stores)
 
@@ -192,5 +201,6 @@ def _parameters(config: Any, model: Any, layers: int) -> int:
 def _activation_bytes(config: Any, tokens: int, batch_size: int, dtype: torch.dtype) -> int:
     """A rough bound for a prefill: a layer's residual, projections and MLP, and the last tokens' logits in float32."""
     hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden)
+    width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    inner = int(max(width) if isinstance(width, (list, tuple)) else width)  # some models have one for each layer
     return tokens * (6 * hidden + 3 * inner) * dtype.itemsize + 2 * batch_size * int(config.vocab_size) * 4

@@ -45,9 +45,9 @@ def decode_in_blocks(
         added = weights.reshape(batch, key.shape[1], -1, end - first) @ value
         summed.mul_((largest - safe).exp_().unsqueeze(-1)).add_(added.reshape(batch, heads, head_dim))
         largest = peak
-    weights = logits.softmax(-1)
+    weights = logits.softmax(-1).nan_to_num_(0.0)  # a sequence that attends to nothing gets zeros
     total = (logits - torch.where(largest == float("-inf"), 0, largest).unsqueeze(-1)).exp_().sum(-1, keepdim=True)
-    return (summed / total).to(query.dtype).unsqueeze(2), weights
+    return (summed / total.masked_fill(total == 0, 1)).to(query.dtype).unsqueeze(2), weights
 
 
 def attend_in_blocks(

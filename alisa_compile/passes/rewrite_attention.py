@@ -76,6 +76,7 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
     """Rewrite each attention that can be proved equal; say why for each that cannot."""
     result = PassResult("alisa_rewrite_attention")
     writes = Writes(gm.graph)
+    selected: set[fx.Node] = set()  # of these the working set is already that of the coming step
     paddings: dict[fx.Node, fx.Node | None] = {}  # of each store with padding, by its `valid`
     for node in attention_nodes(gm):
         reads = [origin for origin in kv_origins(node) if is_op(origin, *READS)]
@@ -85,6 +86,8 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
         try:
             read = _read_behind(node)
             site = site_of(read)
+            if read in selected:
+                raise Refusal("another layer attends to its rows of the cache first, and selects the coming step's")
             append = _append_of(gm, site)
             padding = _check(node, site, append, writes)
             if site.padded:
@@ -101,6 +104,8 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
             node.replace_all_uses_with(out)
             gm.graph.erase_node(node)
             result.rewritten += 1
+            if site.spec or site.ticket is not None:
+                selected.add(read)
         except Refusal as refusal:
             result.skipped.append(SkipRow(node.name, layer, str(refusal)))
     drop_unused(gm)

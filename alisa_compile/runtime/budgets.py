@@ -49,7 +49,8 @@ def resolve(config: AlisaConfig, device: torch.device, weight_bytes: int, activa
     on_device = given["device"]
     if on_device is None:
         text = f"{format_bytes(free)} free, less {_MARGIN:.0%}, {format_bytes(weight_bytes)} of weights to load and "
-        on_device = auto("device", room, f"{text}about {format_bytes(activation_bytes)} of activations")
+        room_here = room - (given["host"] or 0) if shared else room
+        on_device = auto("device", room_here, f"{text}about {format_bytes(activation_bytes)} of activations")
     on_host = given["host"]
     if on_host is None:
         if shared:

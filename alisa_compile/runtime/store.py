@@ -497,8 +497,8 @@ class TokenStore:
         try:
             try:
                 self._allocate(max(tokens, 2 * self.capacity))
-            except InfeasibleError:  # twice as many do not fit the budgets; what is asked for may
-                self._allocate(tokens)
+            except InfeasibleError:  # twice as many do not fit the budgets; fewer may
+                self._allocate(self._largest_capacity(tokens, 2 * self.capacity))
             self._take_rows(old, list(range(self.shape.batch_size)), self.host_length)
         except BaseException:  # rows that could not be moved, or an interrupt while they were
             vars(self).update(vars(old))
@@ -510,6 +510,20 @@ class TokenStore:
         self.valid[:, :old_capacity] = valid
         if scores is not None and rows is not None and counts is not None:
             self._carry_selection(scores, rows, counts, old_capacity)
+
+    def _largest_capacity(self, least: int, most: int) -> int:
+        """The largest capacity in [least, most) that the budgets allow; an `InfeasibleError` if there is none."""
+        assert self._place is not None
+        self._place(self.shape.batch_size, least)
+        low, high = least, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                self._place(self.shape.batch_size, middle)
+                low = middle
+            except InfeasibleError:
+                high = middle
+        return low
 
     def _set_origin(self, tokens: int) -> None:
         self.host_origin = tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def llama() -> Any:
 
 def test_no_time_is_lost_where_everything_fits(llama: Any) -> None:
     """auto on this machine: no tiers, in less than a millisecond (the fastest of several: others use the machine)."""
-    places = placer(llama.config, STORES, AlisaConfig())
+    places = placer(llama.config, STORES, AlisaConfig(), budgets_of(llama.config, STORES, AlisaConfig(), 4096))
     times = []
     for _ in range(50):
         started = time.perf_counter()
@@ -48,7 +49,7 @@ def test_no_time_is_lost_where_everything_fits(llama: Any) -> None:
 def test_all_stores_share_the_budgets(llama: Any, batch: int) -> None:
     """Stores that ask their places, one after another and for another batch size, keep to them together."""
     config = AlisaConfig(device_kv_budget=300_000, host_kv_budget="100kB", disk_kv_budget="2MB")
-    places = placer(llama.config, STORES, config)
+    places = placer(llama.config, STORES, config, budgets_of(llama.config, STORES, config, 500))
     assert len(places) == len(STORES)
     stores = [
         TokenStore(StoreShape(s.num_layers, batch, s.kv_heads, s.head_dim, s.dtype, CPU), config, 500, place)
@@ -65,13 +66,43 @@ def test_budgets_are_resolved_once(llama: Any, monkeypatch: pytest.MonkeyPatch) 
     """What the stores themselves take later does not count against them."""
     free = [10_000_000_000]
     monkeypatch.setattr("alisa_compile.runtime.budgets._free_memory", lambda: free[0])
-    budgets = budgets_of(llama.config, STORES, AlisaConfig())
+    budgets = budgets_of(llama.config, STORES, AlisaConfig(), 4096)
     assert 8_000_000_000 < budgets.device < 9_000_000_000 and "0 B of weights" in budgets.origin["device"]
-    place = placer(llama.config, STORES, AlisaConfig())[0]
+    place = placer(llama.config, STORES, AlisaConfig(), budgets)[0]
     free[0] = 1000
     assert place(1, 4096) is None
+
+
+def test_only_limits_that_were_asked_for_refuse(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is free is an estimate: with no budget given, the allocation itself tells whether everything fits."""
+    monkeypatch.setattr("alisa_compile.runtime.budgets._free_memory", lambda: 1000)
+    estimated, asked = AlisaConfig(), AlisaConfig(device_kv_budget=1000)
+    with caplog.at_level("WARNING"):
+        budgets = budgets_of(llama.config, STORES, estimated, 4096)
+        assert placer(llama.config, STORES, estimated, budgets)[0](1, 4096) is None
+    assert "it may not fit" in caplog.text
     with pytest.raises(InfeasibleError):
-        placer(llama.config, STORES, AlisaConfig())[0](1, 4096)
+        placer(llama.config, STORES, asked, budgets_of(llama.config, STORES, asked, 4096))[0](1, 4096)
+
+
+def test_activations_of_short_prompts_are_small(llama: Any) -> None:
+    """A large batch of short prompts does not count as one of long prompts; a width for each layer is understood."""
+    wide = [StoreShape(2, 64, 2, 16, torch.float32, CPU)]
+    short = budgets_of(llama.config, wide, AlisaConfig(), 16).device
+    assert short >= budgets_of(llama.config, wide, AlisaConfig(), 4096).device
+    by_layer = SimpleNamespace(hidden_size=64, vocab_size=128, intermediate_size=[96, 192])  # as in Gemma 3n
+    by_layer.get_text_config = lambda **_: by_layer
+    assert budgets_of(by_layer, wide, AlisaConfig(), 16).device > 0
+
+
+def test_a_given_host_budget_is_no_longer_the_devices(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU both tiers share one memory."""
+    monkeypatch.setattr("alisa_compile.runtime.budgets._free_memory", lambda: 16_000_000_000)
+    config = AlisaConfig(host_kv_budget=8_000_000_000)
+    budgets = budgets_of(llama.config, STORES, config, 100)
+    assert budgets.device + budgets.host < 16_000_000_000
 
 
 def test_prediction_needs_a_saved_profile(
