@@ -22,15 +22,13 @@ from .errors import AlisaError
 from .passes import rewrite_static_buffers
 from .passes.base import example, is_op
 from .passes.pipeline import PIPELINE, run_pipeline
-from .passes.rewrite_attention import APPENDS, READS, site_of
+from .passes.rewrite_attention import APPENDS, DECODES, EXTENDS, READS, site_of
 from .passes.rewrite_static_buffers import BufferSite
 from .passes.uuid import FingerprintPass
 from .runtime.buffers import forget_scores, new_scores, scores_of
 from .runtime.report import CompileRow
 
 logger = logging.getLogger(__name__)
-
-DECODES = (torch.ops.alisa.swa_attention.default, torch.ops.alisa.swa_attention.tiered)
 
 
 def alisa(
@@ -248,8 +246,7 @@ def _stage(gm: fx.GraphModule) -> str:
         **dict.fromkeys(DECODES, "decode"),
         torch.ops.alisa.buffer_attention.default: "decode",
         torch.ops.alisa.prefill_attention.default: "prefill",
-        torch.ops.alisa.extend_attention.default: "extend",
-        torch.ops.alisa.extend_attention.tiered: "extend",
+        **dict.fromkeys(EXTENDS, "extend"),
     }
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in by_op:

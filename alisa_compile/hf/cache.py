@@ -19,7 +19,6 @@ from ..config import AlisaConfig
 from ..errors import CacheError, NotAvailableError
 from ..kernels.quantize_row import quantize_row
 from ..runtime.store import StoreShape, TokenStore
-from ..runtime.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +302,7 @@ class AlisaCache(Cache):
         places = placer(self.decoder_config, shapes, self.options, budgets)
         self.adopt([TokenStore(shape, self.options, capacity, p) for shape, p in zip(shapes, places, strict=True)])
         for store in self.stores:
-            store.statistics.budget_bytes = {tier.value: getattr(budgets, tier.value) for tier in Tier}
+            store.statistics.budget_bytes = budgets.by_tier
 
     def adopt(self, stores: list[TokenStore]) -> None:
         """Use these stores, one per K/V shape, in the order in which the shapes first appear."""

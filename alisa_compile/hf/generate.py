@@ -549,10 +549,8 @@ def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
     usable = free and bool(stores) and stores[0].config == session.config
     if usable and stores[0].shape.fits(sequences, model.dtype, model.device) and stores[0].suits(capacity):
         for store in stores:
-            budgets = store.statistics.budget_bytes
             store.reset()
             store.statistics.restart()
-            store.statistics.budget_bytes = budgets
         cache.adopt(stores)
         return cache
     del stores  # freed before the new ones are made

@@ -95,14 +95,13 @@ def placer(model_config: Any, stores: list[StoreShape], config: AlisaConfig, bud
     budgets: of `budgets_of`, before the storage is made, which must not count against itself. A place costs some
     arithmetic where everything fits, and raises `InfeasibleError` where nothing would, unless all budgets are `auto`.
     """
-    limits = budgets
-    any_given = any(value != "auto" for value in (config.device_kv_budget, config.host_kv_budget)) or bool(limits.disk)
+    any_given = any(value != "auto" for value in (config.device_kv_budget, config.host_kv_budget)) or bool(budgets.disk)
     hidden = int(model_config.get_text_config(decoder=True).hidden_size)
 
     def place(batch_size: int, capacity: int) -> TierSizes | None:
         shapes = tuple(dataclasses.replace(store, batch_size=batch_size) for store in stores)
         try:
-            sizes = tier_sizes(ModelShape(shapes, hidden, 0), config, limits, capacity)
+            sizes = tier_sizes(ModelShape(shapes, hidden, 0), config, budgets, capacity)
         except InfeasibleError as error:
             if any_given:
                 raise

@@ -138,6 +138,23 @@ def decode_spec(text: str) -> SelectionSpec:
     )
 
 
+def last_queries(
+    query: torch.Tensor, valid: torch.Tensor | None, start: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Which rows of `query [B, Hq, T, D]` are the last `count` real tokens: indices `[B, count]`, oldest first.
+
+    valid: `[B, >= start + T]` or None; start: position of the first row. The second result `[B, count]` says which of
+    them are real, where a sequence has fewer; None = all.
+    """
+    batch_size, length = query.shape[0], query.shape[2]
+    if valid is None:
+        return torch.arange(length - count, length, device=query.device).expand(batch_size, -1), None
+    own = valid[:, start : start + length]
+    order = own.to(torch.int8).argsort(dim=-1, stable=True)  # invalid rows first, valid rows in order of position
+    chosen = order[:, length - count :]
+    return chosen, own.gather(1, chosen)
+
+
 def _nearest(length: Any, share: Fraction) -> Any:
     """floor(length * share + 1/2) in integers, so that it is exact for ints, SymInts and tensors alike."""
     numerator = 2 * share.numerator * length + share.denominator

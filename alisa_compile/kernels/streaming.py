@@ -8,6 +8,8 @@ import torch
 
 from alisa_compile.compat import attention_with_lse  # absolute: mypy also sees this folder as `kernels`
 
+from .selection import last_queries
+
 Block = tuple[int, int]
 #: K and V `[B, Hkv, K, D]` of the positions [first, end).
 Read = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -114,12 +116,7 @@ def mass_in_blocks(
     tokens, dtype = blocks[-1][1], lse.dtype
     mass = torch.zeros((batch, groups, 1 if total else seed_rows, tokens), dtype=dtype, device=query.device)
     count = length if total else seed_rows
-    real = None
-    chosen = torch.arange(length - count, length, device=query.device).expand(batch, -1)
-    if valid is not None:
-        own = valid[:, start : start + length]
-        chosen = own.to(torch.int8).argsort(dim=-1, stable=True)[:, length - count :]
-        real = own.gather(1, chosen)
+    chosen, real = last_queries(query, valid, start, count)
     at_once = max(1, _MASS_ELEMENTS // (batch * heads * max(end - first for first, end in blocks)))
     for first, end in blocks:
         key, _ = read(first, end)

@@ -136,9 +136,14 @@ class TierState:
         return self.home.shape[0]
 
     @property
+    def lists(self) -> int:
+        """L * B * G: quotas on the device, rings on the host, regions of the file."""
+        return self.below.shape[0] * self.batch_size * self.groups
+
+    @property
     def ring(self) -> int:
         """H, positions that the host holds of each (layer, sequence, group)."""
-        return self.host.shape[0] // (self.below.shape[0] * self.batch_size * self.groups)
+        return self.host.shape[0] // self.lists
 
     @property
     def staging_positions(self) -> int:

@@ -40,6 +40,8 @@ ops = torch.ops.alisa
 
 READS = (ops.kv_read.default, ops.kv_read.tiered)
 APPENDS = (ops.kv_append.default, ops.kv_append.tiered)
+DECODES = (ops.swa_attention.default, ops.swa_attention.tiered)
+EXTENDS = (ops.extend_attention.default, ops.extend_attention.tiered)
 
 # Position of each argument in the schemas of kv_append and kv_read (see kernels/).
 _APPEND_VALID, _APPEND_MASK, _APPEND_LAYER = 4, 9, 10

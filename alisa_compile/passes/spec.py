@@ -11,15 +11,10 @@ from torch import fx
 from ..errors import GraphError
 from ..runtime.report import SkipRow
 from .base import attention_nodes, example, is_call, is_op
-from .rewrite_attention import APPENDS, READS
+from .rewrite_attention import APPENDS, DECODES, EXTENDS, READS
 
 ops = torch.ops.alisa
-_STORED = (
-    ops.swa_attention.default,
-    ops.swa_attention.tiered,
-    ops.extend_attention.default,
-    ops.extend_attention.tiered,
-)
+_STORED = (*DECODES, *EXTENDS)
 _ATTENTION = (*_STORED, ops.prefill_attention.default)
 _SCORING = (ops.kv_select.default, ops.kv_seed.default)
 _MASS = 3  # argument of the scoring ops

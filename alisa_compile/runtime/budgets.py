@@ -26,6 +26,11 @@ class Budgets:
     disk: int
     origin: dict[str, str]
 
+    @property
+    def by_tier(self) -> dict[str, int]:
+        """The bytes alone."""
+        return {"device": self.device, "host": self.host, "disk": self.disk}
+
 
 def resolve(config: AlisaConfig, device: torch.device, weight_bytes: int, activation_bytes: int) -> Budgets:
     """The three budgets of a configuration.

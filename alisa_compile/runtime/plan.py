@@ -486,7 +486,7 @@ def _plan(
         position_bytes=kv,
         fixed_bytes=fixed,
         staging_bytes=staging,
-        budget_bytes={tier: getattr(budgets, tier) for tier in TIERS},
+        budget_bytes=budgets.by_tier,
         peak_bytes=peak,
         bytes_by_tier=by_tier,
         bytes_moved={name: _whole(values) for name, values in line.moved.items()},
@@ -577,7 +577,7 @@ def _about_recompute(demand: Demand, problem: Problem, line: Timeline, p2: int |
 
 
 def _infeasible(demand: Demand, budgets: Budgets, tokens: str) -> InfeasibleError:
-    given = {tier: getattr(budgets, tier) for tier in TIERS}
+    given = budgets.by_tier
     everything = demand.fixed(None) + demand.staging + (demand.slot + demand.hidden) * demand.capacity
     smallest = {}
     for tier in TIERS:

@@ -155,14 +155,17 @@ class TokenStore:
         if tiers is not None:
             tiers.open(pool.rows, pool.scales)
         self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
-        for tier, nbytes in self.bytes_by_tier().items():
-            self.statistics.note_bytes(tier, nbytes)
+        self._note_bytes()
         dynamic = [(id(tensor), dim) for tensor, dim in self.dynamic_dimensions()]
         for tensor in self.tensors():
             for dim in range(tensor.dim()):
                 # The others are the model's and the batch's: each has graphs of its own, however many a process meets.
                 mark = compat.mark_dynamic if (id(tensor), dim) in dynamic else compat.mark_static
                 mark(tensor, dim)
+
+    def _note_bytes(self) -> None:
+        for tier, nbytes in self.bytes_by_tier().items():
+            self.statistics.note_bytes(tier, nbytes)
 
     def _make_pool(self, tier: Tier, slots: int, device: torch.device, capacity: int) -> Pool:
         """capacity: for the error alone, whose user knows tokens and not slots."""
@@ -261,7 +264,7 @@ class TokenStore:
             if tensor is not None
         )  # fmt: skip
         host = tiers.host.nbytes + (0 if tiers.host_scales is None else tiers.host_scales.nbytes)
-        disk = 0 if self.disk is None else self.disk.positions * (tiers.owner.numel() // tiers.quota) * tiers.row_bytes
+        disk = 0 if self.disk is None else self.disk.positions * tiers.lists * tiers.row_bytes
         return {Tier.DEVICE.value: device, Tier.HOST.value: host, Tier.DISK.value: disk}
 
     def copy(self) -> TokenStore:
@@ -351,9 +354,8 @@ class TokenStore:
         self.tiers.close()
         self.disk.close()  # first: there may be no space for two
         self.ticket[:-1] = 0  # transfers are numbered anew
-        regions = self.tiers.owner.numel() // self.tiers.quota
         try:
-            file = DiskFile(self.config.disk_path, regions, self.disk.positions, self.row.bytes_per_row)
+            file = DiskFile(self.config.disk_path, self.tiers.lists, self.disk.positions, self.row.bytes_per_row)
         except TierError as error:
             self.disk.has_failed = True
             self.broken = error
@@ -447,8 +449,7 @@ class TokenStore:
             self._counted = counted
             self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
             self.statistics = statistics
-            for tier, nbytes in self.bytes_by_tier().items():
-                self.statistics.note_bytes(tier, nbytes)
+            self._note_bytes()
             return
         if index == list(range(len(index))):
             return

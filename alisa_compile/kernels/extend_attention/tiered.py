@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..kv_read.reference import read_rows
+from ..kv_read.reference import load_rows, read_rows
 from ..selection import decode_spec
 from ..streaming import attend_in_blocks, mass_in_blocks
 from ..swa_attention.reference import score_dtype
@@ -41,9 +41,7 @@ def extend_attention_tiered(
     if policy is not None and chosen is not None:
 
         def fetch(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            loaded, loaded_scales = state.load(pool, scales, table, layer, positions)
-            slots = torch.arange(positions.numel(), device=query.device).view_as(positions)
-            return read_rows(loaded, loaded_scales, slots, query.dtype)
+            return load_rows(state, pool, scales, table, layer, positions, query.dtype)
 
         return attend_sparsely(query, fetch, capacity, own, *chosen, start, seed_rows, policy, scale)
 

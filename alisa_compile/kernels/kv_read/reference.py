@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from ..quantize_row import dequantize_row
-from ..tiers import state_of
+from ..tiers import TierState, state_of
 
 
 def read_rows(
@@ -18,6 +18,21 @@ def read_rows(
     rows = rows.view(batch_size, groups, tokens, 2, heads, head_dim).permute(3, 0, 1, 4, 2, 5)
     key, value = rows.reshape(2, batch_size, groups * heads, tokens, head_dim).unbind(0)
     return key, value
+
+
+def load_rows(
+    state: TierState,
+    pool: torch.Tensor,
+    scales: torch.Tensor | None,
+    table: torch.Tensor,
+    layer: int,
+    positions: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of `positions [B, G, T]` on whatever tier they are: two `[B, G * P, T, D]` tensors of `dtype`."""
+    rows, row_scales = state.load(pool, scales, table, layer, positions)
+    slots = torch.arange(positions.numel(), device=positions.device).view_as(positions)
+    return read_rows(rows, row_scales, slots, dtype)
 
 
 def kv_read(

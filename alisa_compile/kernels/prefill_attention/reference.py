@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..selection import decode_spec
+from ..selection import decode_spec, last_queries
 from ..swa_attention.reference import score_dtype
 
 _MASK_ELEMENTS = 1 << 22  # bounds the mask of a block of query rows; no S x S buffer exists
@@ -104,14 +104,7 @@ def last_rows_mass(
     mass = torch.zeros((batch_size, groups, 1 if total else seed_rows, kv_length), dtype=dtype, device=query.device)
     if total:
         seed_rows = query_length
-    if valid is None:
-        chosen = torch.arange(query_length - seed_rows, query_length, device=query.device).expand(batch_size, -1)
-        real = None
-    else:
-        own = valid[:, query_start : query_start + query_length]
-        order = own.to(torch.int8).argsort(dim=-1, stable=True)  # invalid rows first, valid rows in order of position
-        chosen = order[:, query_length - seed_rows :]
-        real = own.gather(1, chosen)
+    chosen, real = last_queries(query, valid, query_start, seed_rows)
     columns = torch.arange(kv_length, device=query.device)
     block = max(1, _MASS_ELEMENTS // (batch_size * query_heads * kv_length))
     for start in range(0, seed_rows, block):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..kv_read.reference import read_rows
+from ..kv_read.reference import load_rows, read_rows
 from ..streaming import decode_in_blocks
 from ..tiers import ROWS_MISSED, state_of
 from .reference import attend_to_rows, score_dtype
@@ -43,9 +43,7 @@ def swa_attention_tiered(
         positions = rows[layer, :, :, : int(count.max())].long()
         attends = torch.arange(positions.shape[-1], device=query.device) < count.unsqueeze(-1)
         positions = positions.masked_fill(~attends, tokens - 1)
-        loaded, loaded_scales = state.load(pool, scales, table, layer, positions)
-        slots = torch.arange(positions.numel(), device=query.device).view_as(positions)
-        key, value = read_rows(loaded, loaded_scales, slots, query.dtype)
+        key, value = load_rows(state, pool, scales, table, layer, positions, query.dtype)
         return attend_to_rows(query, key, value, attends, table.shape[2], table.shape[3], scale)
     out, weights = decode_in_blocks(
         query,
