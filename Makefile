@@ -29,7 +29,7 @@ demo: $(STAMP) ## generate text at 80 % sparsity with the embedded model
 	$(BIN)/alisa demo
 
 test: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/pytest -n $(JOBS) --timeout=600 $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --timeout=600 $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## every test; writes tests/hf/SUPPORT.md
 	$(BIN)/python -m pytest --timeout=1800 -m "" -p tests.hf.support_table --support-table tests/hf/SUPPORT.md $(PYTEST_ARGS)

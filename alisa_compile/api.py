@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from .errors import AlisaError
+from .runtime.forecast import CHURN_STEPS, Forecast
 from .runtime.plan import Plan
 from .runtime.profile import MachineProfile
-from .runtime.report import Report, merged
+from .runtime.report import COUNTERS, Report, merged
 from .runtime.store import TokenStore
 from .runtime.tiers import Tier
 
@@ -44,7 +47,11 @@ def report(model_or_cache: Any) -> Report:
         tuple(now - before for now, before in zip(store.counters(), store.statistics.counters_before, strict=True))
         for store in stores
     ]
-    phases = zip(*(store.statistics.phases for store in stores), strict=True)
+    phases = tuple(map(max, zip(*(store.statistics.phases for store in stores), strict=True)))
+    forecast = statistics.forecast
+    planned = None if forecast is None else forecast.plan
+    churn = None if forecast is None else _measured_churn(forecast, stores)
+    corrected = None if forecast is None or churn is None else forecast.corrected(churn)
     by_store = [store.sparsity_of_decode_steps() for store in stores]
     return Report(
         steps=statistics.steps,
@@ -53,7 +60,7 @@ def report(model_or_cache: Any) -> Report:
         capacity=first.capacity,
         sparsity=first.config.sparsity if first.selection else 0.0,
         sparsity_by_step=tuple(sum(steps) / len(stores) for steps in zip(*by_store, strict=True)),
-        phase_by_step=tuple(map(max, phases)),
+        phase_by_step=phases,
         peak_bytes=peaks,
         budget_bytes=statistics.budget_bytes,
         bytes_per_row={tier: row_bytes for tier, peak in peaks.items() if peak},
@@ -61,8 +68,25 @@ def report(model_or_cache: Any) -> Report:
         graphs=tuple(statistics.graphs.values()),
         decode_ms=tuple(statistics.decode_ms),
         prefill_ms=tuple(statistics.prefill_ms),
-        predicted_ms=() if statistics.plan is None else statistics.plan.step_ms,
+        predicted_ms=() if planned is None else planned.step_ms,
+        corrected_ms=() if corrected is None else corrected.step_ms,
+        churn=(None if planned is None or churn is None else planned.churn, churn),
     )
+
+
+def _measured_churn(forecast: Forecast, stores: list[TokenStore]) -> float | None:
+    """Of the decode steps so far; None where too few of them had rows below the device."""
+    first = stores[0].statistics
+    decode_phases = first.phases[len(first.prefill_ms) :]
+    if len(decode_phases) - decode_phases.count("I") < CHURN_STEPS:
+        return None
+    place, up_bytes = COUNTERS.index("host_to_device"), 0
+    for store in stores:
+        before = store.statistics.counters_after_prefill
+        if before is None:
+            return None
+        up_bytes += store.counters()[place] - before[place]
+    return forecast.measured_churn(up_bytes, len(decode_phases))
 
 
 def plan(
@@ -100,6 +124,17 @@ def plan(
         dtype=dtype,
         options=options,
     )
+
+
+def trace(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+    """Record what runs inside `with`, and write it to a file that ui.perfetto.dev and chrome://tracing open.
+
+    Lanes: forward passes, waits for transfers, rows on their way between device, host and disk, compilations, phases;
+    and the bytes of rows in each tier after each step. One trace at a time; all models of the process are in it.
+    """
+    from .tools import timeline
+
+    return timeline.record(path)
 
 
 def release(model: torch.nn.Module) -> None:

@@ -32,11 +32,10 @@ from ..config import AlisaConfig
 from ..errors import CacheError
 from ..passes.causal_mask import PREPARED_OUTSIDE
 from ..runtime.budgets import Budgets, format_bytes
-from ..runtime.plan import Plan
 from ..runtime.report import CompileRow, SkipRow
 from ..runtime.store import TokenStore
 from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged, wrong_batch_size
-from .planning import PREFILL_TOKENS, predicted
+from .planning import PREFILL_TOKENS, forecast
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class Session:
     holder: weakref.ref[AlisaCache] | None = None  # the cache that owns them, while anybody still has it
     swept_graphs: int = 0  # graphs there were when `_sweep` last ran
     announced: bool = False
-    plan: tuple[tuple[Any, ...], Plan | None] | None = None  # of the latest call that needed one, and what it asked for
     ropes: list[_Route] = dataclasses.field(default_factory=list)  # of rotary embeddings whose frequencies may change
     refused: tuple[SkipRow, ...] | None = None  # of a model that spells its attention out; None: not known yet
     left_out: tuple[SkipRow, ...] = ()  # why the latest call had no AlisaCache, for each attention layer
@@ -444,8 +442,7 @@ def _provide_cache(
         call.session.stores, call.session.holder = given.stores, weakref.ref(given)
     call.in_pieces = any(store.is_tiered for store in given.stores)
     prompt = _tokens_of(model_kwargs, generation_config, max_cache_length)
-    if call.in_pieces:
-        _predict(call, given, sequences, prompt, max_cache_length + 1 - prompt)
+    _predict(call, given, sequences, prompt, max_cache_length + 1 - prompt)
     if not call.session.announced:
         call.session.announced = True
         _announce(given, sequences, prompt)
@@ -465,13 +462,10 @@ def _predict(call: _Call, cache: AlisaCache, sequences: int, prompt: int, new_to
     limits = cache.stores[0].statistics.budget_bytes
     if limits is None or new_tokens < 1:
         return
-    request = (sequences, prompt, new_tokens, *limits.values(), cache.options)
-    if call.session.plan is None or call.session.plan[0] != request:  # planning takes a tenth of a second
-        budgets = Budgets(**limits, origin=dict.fromkeys(limits, "of the cache"))
-        plan = predicted(call.model, cache.options, sequences, prompt, new_tokens, budgets)
-        call.session.plan = (request, plan)
+    budgets = Budgets(**limits, origin=dict.fromkeys(limits, "of the cache"))
+    expected = forecast(call.model, cache.options, sequences, prompt, new_tokens, budgets)
     for store in cache.stores:
-        store.statistics.plan = call.session.plan[1]
+        store.statistics.forecast = expected
 
 
 def _announce(cache: AlisaCache, sequences: int, prompt: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ..config import AlisaConfig
 from ..errors import AlisaError, CacheError, ConfigError, InfeasibleError, NotAvailableError
 from ..runtime.budgets import Budgets, resolve
+from ..runtime.forecast import Forecast
 from ..runtime.plan import ModelShape, Plan, make_plan, tier_sizes
+from ..runtime.policies import selection_spec
 from ..runtime.profile import MachineProfile, obtain, profile_path
 from ..runtime.store import Place, StoreShape
 from ..runtime.tiers import TierSizes
@@ -114,15 +117,15 @@ def placer(model_config: Any, stores: list[StoreShape], config: AlisaConfig, bud
     return [place] * len(stores)
 
 
-def predicted(
+def forecast(
     model: PreTrainedModel,
     config: AlisaConfig,
     batch_size: int,
     prompt_length: int,
     max_new_tokens: int,
     budgets: Budgets,
-) -> Plan | None:
-    """The plan of a `generate` that is about to run, for its report; None where this machine has no saved profile.
+) -> Forecast | None:
+    """Of a `generate` that is about to run, for its report; None where this machine has no saved profile.
 
     Never an error: what goes wrong is logged. Nothing is measured here, because that takes seconds.
     """
@@ -133,11 +136,26 @@ def predicted(
         profile = MachineProfile.load(path)
         text = model.config.get_text_config(decoder=True)
         shape = model_shape(text, model, batch_size, model.dtype, model.device)
-        run = dataclasses.replace(config, recompute="off")  # what can be run
-        return make_plan(shape, run, budgets, profile, prompt_length=prompt_length, max_new_tokens=max_new_tokens)
-    except (AlisaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except _PLANNING_ERRORS as error:
         logger.warning("no step times are predicted for the report: %s", error)
         return None
+    run = dataclasses.replace(config, recompute="off")  # what can be run
+    selection = selection_spec(run)
+
+    def make(churn: float | None) -> Plan | None:
+        given = profile
+        if churn is not None and selection is not None:
+            given = dataclasses.replace(profile, churn={**profile.churn, selection.rank: churn})
+        try:
+            return make_plan(shape, run, budgets, given, prompt_length=prompt_length, max_new_tokens=max_new_tokens)
+        except _PLANNING_ERRORS as error:
+            logger.warning("no step times are predicted for the report: %s", error)
+            return None
+
+    return Forecast(make)
+
+
+_PLANNING_ERRORS = (AlisaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 
 
 def _device_of(given: Any) -> torch.device:
@@ -183,18 +201,25 @@ def model_shape(config: Any, model: Any, batch_size: int, dtype: torch.dtype, de
     )
     hidden = int(config.hidden_size)
     unmanaged = len(layers) - sum(counts.values())
-    return ModelShape(stores, hidden, _parameters(config, model, len(layers)), unmanaged)
+    parameters, matrix = _parameters(config, model, len(layers))
+    return ModelShape(stores, hidden, parameters, matrix, unmanaged)
 
 
-def _parameters(config: Any, model: Any, layers: int) -> int:
-    """Those that each token is multiplied with: without the table of input embeddings, unless it is the output too."""
+def _parameters(config: Any, model: Any, layers: int) -> tuple[int, int]:
+    """Those that each token is multiplied with, and the size of the matrix that one is in: the geometric mean of all.
+
+    Without the table of input embeddings, unless it is the output too.
+    """
     hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
     if model is None:  # the usual proportions: four hidden x hidden matrices, and an MLP of eight
-        return 12 * layers * hidden**2 + hidden * vocabulary
-    total: int = sum(parameter.numel() for parameter in model.parameters())
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    is_shared = inputs is None or outputs is None or inputs.weight is outputs.weight
-    return total if is_shared else total - int(inputs.weight.numel())
+        sizes = [hidden**2] * 12 * layers + [hidden * vocabulary]
+    else:
+        sizes = [int(parameter.numel()) for parameter in model.parameters()]
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
+            sizes.remove(int(inputs.weight.numel()))
+    total = sum(sizes)
+    return total, round(math.exp(sum(size * math.log(size) for size in sizes if size) / max(1, total)))
 
 
 def _activation_bytes(config: Any, tokens: int, batch_size: int, dtype: torch.dtype) -> int:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import tempfile
+from pathlib import Path
 
 import torch
 
 from ..errors import TierError
+
+logger = logging.getLogger(__name__)
+
+_IN_MEMORY = ("tmpfs", "ramfs")
 
 
 class DiskFile:
@@ -24,6 +31,7 @@ class DiskFile:
         self._size = size = regions * positions * record_bytes
         self.has_failed = False  # a file that has failed once is not to be trusted with other rows
         self._file = -1
+        _warn_of_memory(self._folder)
         try:
             self._file, path = tempfile.mkstemp(prefix="alisa-kv-", dir=self._folder)
             os.unlink(path)
@@ -94,6 +102,31 @@ class DiskFile:
             got=f"the disk tier in {self._folder}",
             fix="reset the cache; set disk_path to a folder on a healthy disk",
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_of_memory(folder: str) -> None:
+    """Say it, once, if a folder's files take the memory that the disk tier is to save."""
+    kind = file_system(folder)
+    if kind in _IN_MEMORY:
+        logger.warning(
+            "the disk tier is in memory, not on a disk: %s is on a %s; set disk_path to a folder on a disk",
+            folder,
+            kind,
+        )
+
+
+def file_system(folder: str) -> str | None:
+    """Kind of the file system that holds a folder, such as ext4; None where the system does not tell."""
+    mounts = Path("/proc/mounts")
+    if not mounts.exists():
+        return None
+    path = os.path.realpath(folder)
+    # A blank in the name of a mount point is written as \040; the last of equal ones hides the others.
+    rows = [line.split() for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines()]
+    places = [(row[1].replace("\\040", " "), row[2]) for row in rows if len(row) > 2]
+    holding = [(len(point), kind) for point, kind in places if Path(path).is_relative_to(point)]
+    return sorted(holding, key=lambda place: place[0])[-1][1] if holding else None  # stable: of equals, the last
 
 
 def _bytes_of(records: torch.Tensor) -> memoryview:

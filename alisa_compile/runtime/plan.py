@@ -30,8 +30,8 @@ PHASES = ("I", "II", "III")
 #: Fewest and most positions of one layer that stream through the device at a time (refresh, dense steps, chunks of a
 #: prompt). Few make many small transfers, and many take room from the rows.
 STAGING = (128, 2048)
-#: Share of the dynamic rows that are new in a step, where the profile has no measurement: measured on novel-7m (prompt
-#: 600, 150 tokens, sparsity 0.8). `hash` draws anew in each step, which needs no measurement.
+#: Share of the dynamic rows that are new in a step, where the profile has none: measured on novel-7m (prompt 600, 150
+#: tokens, sparsity 0.8). `hash` draws anew in each step, which needs no measurement.
 DEFAULT_CHURN = {"decay": 0.0015, "ring": 0.0075, "sum": 0.0, "stride": 0.0}
 
 _STAGED_SHARE = 16  # one in so many positions, between the two
@@ -43,12 +43,14 @@ class ModelShape:
     """What a plan needs to know of a model and a batch; no weights.
 
     stores: the managed layers, by K/V shape. parameters: those that every token is multiplied with. hidden_size: width
-    of a layer's input. unmanaged: layers whose cache is not alisa's.
+    of a layer's input. matrix_parameters: size of the matrix that a parameter is in, the geometric mean over all.
+    unmanaged: layers whose cache is not alisa's.
     """
 
     stores: tuple[StoreShape, ...]
     hidden_size: int
     parameters: int
+    matrix_parameters: int = 1 << 20
     unmanaged: int = 0
 
     @property
@@ -69,8 +71,9 @@ class Plan:
     p1, p2: first steps of phases II and III; None = never. alpha, beta: share of all positions that are not on the
     device, and that were deleted, at the last step. resident_positions: those that the device has slots for, of every
     layer and sequence. deleted_positions: at most. max_rows: cap on the working set that the device budget forces;
-    None = none. bytes_by_tier: in use at each step. peak_bytes: as allocated. bytes_moved: in each step; a prompt that
-    is read in several pieces moves more in step 0. step_ms: predicted.
+    None = none. churn: expected share of the dynamic rows that are new in a step. bytes_by_tier: in use at each step.
+    peak_bytes: as allocated. bytes_moved: in each step; a prompt that is read in several pieces moves more in step 0.
+    step_ms: predicted.
     """
 
     batch_size: int
@@ -84,6 +87,7 @@ class Plan:
     resident_positions: int
     deleted_positions: int
     max_rows: int | None
+    churn: float
     first_disk_step: int | None
     position_bytes: int
     fixed_bytes: int
@@ -371,10 +375,12 @@ def _problem(
 
 def churn_of(selection: SelectionSpec, profile: MachineProfile, n: Ints, working_set: Ints, dynamic: Ints) -> Floats:
     """Share of the dynamic rows that are new, by step."""
+    if selection.rank in profile.churn:
+        return np.full(len(n), profile.churn[selection.rank])
     if selection.rank == "hash":  # an even draw among all that are not local
         candidates = np.maximum(n - (working_set - dynamic), 1)
         return np.asarray(1 - dynamic / candidates, dtype=np.float64)
-    return np.full(len(n), profile.churn.get(selection.rank, DEFAULT_CHURN[selection.rank]))
+    return np.full(len(n), DEFAULT_CHURN[selection.rank])
 
 
 def _refresh_shares(model: ModelShape, selection: SelectionSpec, steps: int) -> Floats:
@@ -410,6 +416,7 @@ def _links(demand: Demand, profile: MachineProfile) -> Links:
 def compute_table(model: ModelShape, config: AlisaConfig, profile: MachineProfile, capacity: int) -> Table:
     """Seconds of a decode step by rows attended: matrix products, attention in every layer, calls."""
     products = model.parameters * float(profile.linear.at(model.batch_size))
+    products *= float(profile.matrix.at(model.matrix_parameters))
     calls = (model.layers + model.unmanaged) * profile.layer_seconds
 
     def seconds(rows: int) -> float:
@@ -482,6 +489,7 @@ def _plan(
         resident_positions=placement.positions,
         deleted_positions=deleted,
         max_rows=placement.cap,
+        churn=float(np.median(problem.churn[1:])) if problem.steps > 1 else 0.0,
         first_disk_step=int(on_disk[0]) if len(on_disk) else None,
         position_bytes=kv,
         fixed_bytes=fixed,

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 #: Where profiles are kept, instead of `alisa` in the user's cache folder.
 FOLDER_VARIABLE = "ALISA_CACHE_DIR"
 
-_FORMAT = 1
+_FORMAT = 2
 _ROW_BYTES = (256, 1024, 4096, 16384, 65536)
 _DISK_ROW_BYTES = (4096, 65536)
 _WORKING_SET_ROWS = (16, 128, 1024, 4096)
@@ -37,7 +37,8 @@ _TOKENS = (1, 4, 16, 64, 256)
 _MOVED_BYTES = 8 << 20
 _POOL_BYTES = 32 << 20
 _HEADS, _HEAD_DIM, _GROUP = 8, 64, 4
-_MATRIX, _MATRICES = 1024, 16  # as many as caches cannot hold, of a size that small models have too
+_MATRIX, _MATRICES = 1024, 16  # as many as caches cannot hold
+_OTHER_MATRICES = (64, 128, 256, 512, 2048, 4096)
 _SMALL, _REPEATS = 128, 20
 #: Of a compiled decode step. Norms, rotary embedding, append and select took 66 us a layer in novel-7m, where the
 #: smallest op takes 2.
@@ -76,7 +77,8 @@ class MachineProfile:
 
     machine: what they were measured on. device_to_host, host_to_device, disk_write, disk_read: bytes a second by bytes
     of a row, rows scattered. attention: seconds of a decode step's attention in one layer, by bytes of its working set.
-    linear: seconds per parameter of a matrix product, by tokens. layer_seconds: of what a layer costs however small.
+    linear: seconds per parameter of a matrix product, by tokens. matrix: how many times as long a parameter takes in
+    one token's product, by parameters of the matrix. layer_seconds: of what a layer costs however small.
     churn: share of the dynamic rows that are new in a step, by the ranks of `SelectionSpec`; absent = not measured.
     """
 
@@ -90,6 +92,7 @@ class MachineProfile:
     attention: Table
     linear: Table
     layer_seconds: float
+    matrix: Table = Table(((float(_MATRIX**2), 1.0),))
     churn: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def save(self, path: Path) -> None:
@@ -116,7 +119,9 @@ class MachineProfile:
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']!r} instead of {_FORMAT}")
             values: dict[str, Any] = {name: str(content[name]) for name in ("machine", "device", "dtype")}
-            for name in ("device_to_host", "host_to_device", "disk_write", "disk_read", "attention", "linear"):
+            for name in (
+                "device_to_host", "host_to_device", "disk_write", "disk_read", "attention", "linear", "matrix"
+            ):  # fmt: skip
                 values[name] = _table(name, content[name])
             values["layer_seconds"] = _positive("layer_seconds", content["layer_seconds"])
             values["churn"] = {str(rank): _share(rank, share) for rank, share in content["churn"].items()}
@@ -216,6 +221,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> MachineProfile:
         disk_read=read,
         attention=_attention_table(device, dtype),
         linear=_linear_table(device, dtype),
+        matrix=_matrix_table(device, dtype),
         layer_seconds=_layer_seconds(device, dtype),
     )
 
@@ -308,21 +314,38 @@ def _attention_table(device: torch.device, dtype: torch.dtype) -> Table:
 
 
 def _linear_table(device: torch.device, dtype: torch.dtype) -> Table:
-    weights = [torch.zeros((_MATRIX, _MATRIX), dtype=dtype, device=device) for _ in range(_MATRICES)]
-    parameters = _MATRICES * _MATRIX**2
+    weights = torch.zeros((_MATRICES, _MATRIX, _MATRIX), dtype=dtype, device=device)
     points = []
     for tokens in _TOKENS:
-        x = torch.zeros((tokens, _MATRIX), dtype=dtype, device=device)
-
-        def multiply(x: torch.Tensor = x) -> None:
-            for weight in weights:
-                torch.nn.functional.linear(x, weight)
-
-        seconds = _seconds(multiply, device)
-        points.append((float(tokens), seconds / parameters))
+        seconds = _product_seconds(weights, tokens)
+        points.append((float(tokens), seconds / weights.numel()))
         if seconds > _SLOW_SECONDS:
             break
     return Table(tuple(points), grows=True)
+
+
+def _matrix_table(device: torch.device, dtype: torch.dtype) -> Table:
+    """Many small matrices take longer than a few large ones of the same size in all."""
+    memory = torch.zeros(_MATRICES * _MATRIX**2, dtype=dtype, device=device)
+
+    def seconds(size: int) -> float:
+        """Per parameter, with as many matrices as the memory holds."""
+        return _product_seconds(memory.view(-1, size, size), 1) / memory.numel()
+
+    usual = seconds(_MATRIX)
+    points = {_MATRIX: 1.0, **{size: seconds(size) / usual for size in _OTHER_MATRICES}}
+    return Table(tuple((float(size**2), points[size]) for size in sorted(points)))
+
+
+def _product_seconds(weights: torch.Tensor, tokens: int) -> float:
+    """Of the products of `tokens` tokens with each of `weights [count, n, n]`."""
+    x = torch.zeros((tokens, weights.shape[-1]), dtype=weights.dtype, device=weights.device)
+
+    def multiply() -> None:
+        for weight in weights.unbind():
+            torch.nn.functional.linear(x, weight)
+
+    return _seconds(multiply, weights.device)
 
 
 def _layer_seconds(device: torch.device, dtype: torch.dtype) -> float:

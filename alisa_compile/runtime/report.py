@@ -15,7 +15,7 @@ from .budgets import format_bytes
 from .tiers import Tier
 
 if TYPE_CHECKING:  # plan imports store, which imports this
-    from .plan import Plan
+    from .forecast import Forecast
 
 #: What a store counts since its start; `stalled_ns`: waiting for transfers, `disk_stalled_ns`: of this, for the disk.
 COUNTERS = (
@@ -52,26 +52,28 @@ class CompileRow:
 class RunStatistics:
     """Counters of one store; `graphs` may be shared by the successive stores of one compiled model.
 
-    plan: of the call that runs, if there is one. budget_bytes: by tier, those that the store was placed within; None =
-    it was placed without. counters_before: of the store, as in COUNTERS, before the first step.
+    forecast: of the call that runs, if there is one. budget_bytes: by tier, those that the store was placed within;
+    None = it was placed without. counters_before, counters_after_prefill: of the store, as in COUNTERS, before the
+    first step, and before the first of one token; the latter None where steps of several tokens came after it.
     """
 
     def __init__(self, graphs: dict[int, CompileRow] | None = None) -> None:
         self.graphs: dict[int, CompileRow] = {} if graphs is None else graphs
         self.peak_bytes: dict[str, int] = {}
-        self.plan: Plan | None = None
+        self.forecast: Forecast | None = None
         self.budget_bytes: dict[str, int] | None = None
         self.counters_before = (0,) * len(COUNTERS)
         self.restart()
 
     def restart(self) -> None:
-        """Forget the steps and the plan; graphs, peaks and budgets stay."""
+        """Forget the steps and the forecast; graphs, peaks and budgets stay."""
         self.decode_ms: list[float] = []
         # Length, tokens since the last dense block, sparse layers.
         self.decode_steps: list[tuple[int, int, int]] = []
         self.prefill_ms: list[float] = []
         self.phases: list[str] = []
-        self.plan = None
+        self.forecast = None
+        self.counters_after_prefill: tuple[int, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -95,6 +97,7 @@ class RunStatistics:
             self.decode_steps.append((length, since, sparse_layers))
         else:
             self.prefill_ms.append(elapsed_ms)
+            self.counters_after_prefill = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Report:
     Sparsity and step times are those of steps of one token; the blocks of assisted decoding are not in them.
     `step_ms` is the compiled call alone; Dynamo's guards and transformers' own work between steps are not in it.
     phases: of each step. moved: by name in COUNTERS, in these steps. predicted_ms: of each step of the plan, the
-    prefill first; none without a plan. budget_bytes: None = not known. Other bytes are by tier as well.
+    prefill first; none without a plan. corrected_ms: the same with the churn that was measured. churn: expected and
+    measured, of the dynamic rows. budget_bytes: None = not known. Other bytes are by tier as well.
     """
 
     steps: int
@@ -122,6 +126,8 @@ class Report:
     decode_ms: tuple[float, ...]
     prefill_ms: tuple[float, ...]
     predicted_ms: tuple[float, ...] = ()
+    corrected_ms: tuple[float, ...] = ()
+    churn: tuple[float | None, float | None] = (None, None)
     left_out: tuple[SkipRow, ...] = ()  # why the latest call had no AlisaCache, for each attention layer
 
     @classmethod
@@ -153,7 +159,9 @@ class Report:
             "rewritten": {row.stage: row.rewritten for row in self.graphs},
             "step_ms": self.step_ms,
             "prefill_ms": list(self.prefill_ms),
-            "predicted_step_ms": self.predicted_step_ms,
+            "predicted_step_ms": _median_step(self.predicted_ms),
+            "corrected_step_ms": _median_step(self.corrected_ms),
+            "churn": dict(zip(("expected", "measured"), self.churn, strict=True)),
             "stall_ms": self.moved["stalled_ns"] / 1e6,
             "disk_stall_ms": self.moved["disk_stalled_ns"] / 1e6,
             "skipped": [dataclasses.asdict(row) for row in self.skipped],
@@ -191,11 +199,6 @@ class Report:
         }
 
     @property
-    def predicted_step_ms(self) -> float | None:
-        """Median of the plan's decode steps; None without a plan."""
-        return statistics.median(self.predicted_ms[1:]) if self.predicted_ms[1:] else None
-
-    @property
     def recompiles(self) -> int:
         """Graphs beyond the first of each stage."""
         return len(self.graphs) - len({row.stage for row in self.graphs})
@@ -206,7 +209,7 @@ class Report:
         return tuple(dict.fromkeys((*self.left_out, *(row for graph in self.graphs for row in graph.skipped))))
 
     def _rows(self) -> list[tuple[str, str]]:
-        step, predicted = self.step_ms, self.predicted_step_ms
+        step = self.step_ms
         times = "no decode step yet"
         if step["p50"] is not None:
             times = f"{step['p50']:.2f} / {step['p99']:.2f} ms"
@@ -226,8 +229,13 @@ class Report:
         if self.moved["rows_missed"]:
             rows.append(("rows missed", f"{self.moved['rows_missed']}: no slot was free, so attention fetched them"))
         rows.append(("step time, p50 / p99", times))
+        predicted, corrected = _median_step(self.predicted_ms), _median_step(self.corrected_ms)
+        expected, measured = self.churn
         if predicted is not None:
-            rows.append(("step time, predicted", f"{predicted:.2f} ms"))
+            after = "" if corrected is None else f", {corrected:.2f} ms with the churn as measured"
+            rows.append(("step time, predicted", f"{predicted:.2f} ms{after}"))
+        if expected is not None and measured is not None:
+            rows.append(("dynamic rows new in a step", f"{expected:.2%} expected, {measured:.2%} measured"))
         if self.moved["stalled_ns"]:
             stalled, disk = (self.moved[name] / 1e6 for name in ("stalled_ns", "disk_stalled_ns"))
             rows.append(("waited for transfers", f"{stalled:.2f} ms in all, {disk:.2f} ms of it for the disk"))
@@ -251,6 +259,11 @@ class Report:
 def merged(counters: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """Counters of several stores, as in COUNTERS, added up by name."""
     return dict(zip(COUNTERS, map(sum, zip(*counters, strict=True)), strict=True))
+
+
+def _median_step(planned_ms: Sequence[float]) -> float | None:
+    """Median of a plan's decode steps; None without a plan."""
+    return statistics.median(planned_ms[1:]) if planned_ms[1:] else None
 
 
 def _phase(phase: dict[str, Any]) -> str:

@@ -580,6 +580,8 @@ class TokenStore:
             self._make_room()
         if self.statistics.steps == 0:
             self.statistics.counters_before = self.counters()
+        if new_tokens == 1 and not self.statistics.decode_ms:
+            self.statistics.counters_after_prefill = self.counters()
         self._step_started = time.perf_counter()
         self._length_before = self.host_length
         self._in_step = True

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 from alisa_compile import AlisaConfig, InfeasibleError
-from alisa_compile.hf.planning import budgets_of, placer, predicted
+from alisa_compile.hf.planning import budgets_of, forecast, placer
 from alisa_compile.runtime.budgets import Budgets
 from alisa_compile.runtime.profile import FOLDER_VARIABLE, MachineProfile, Table, profile_path
 from alisa_compile.runtime.store import StoreShape, TokenStore
@@ -112,14 +112,16 @@ def test_prediction_needs_a_saved_profile(
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     budgets = Budgets(100_000, 10**9, 0, dict.fromkeys(("device", "host", "disk"), "as given"))
     ask = (llama, AlisaConfig(), 1, 300, 20, budgets)
-    assert predicted(*ask) is None and caplog.text == ""
+    assert forecast(*ask) is None and caplog.text == ""
     path = profile_path(llama.device, llama.dtype)
     PROFILE.save(path)
-    plan = predicted(*ask)
-    assert plan is not None and plan.p1 == 0 and len(plan.step_ms) == 20
+    expected = forecast(*ask)
+    assert expected is not None and expected.plan is not None
+    assert expected.plan.p1 == 0 and len(expected.plan.step_ms) == 20
     small = Budgets(10, 0, 0, budgets.origin)
-    assert predicted(llama, AlisaConfig(), 1, 300, 20, small) is None
+    too_small = forecast(llama, AlisaConfig(), 1, 300, 20, small)
+    assert too_small is not None and too_small.plan is None
     assert "no step times are predicted" in caplog.text and "do not fit the KV budgets" in caplog.text
     path.write_text("{}", encoding="utf-8")
-    assert predicted(*ask) is None
+    assert forecast(*ask) is None
     assert caplog.text.count("no step times are predicted") == 2

@@ -47,6 +47,8 @@ def test_measured_numbers_are_plausible(measured: MachineProfile) -> None:
     assert attention[-1] > attention[0] > 0
     (first, one), *_, (last, many) = measured.linear.points
     assert first == 1 and last > 1 and many > one
+    sizes, factors = zip(*measured.matrix.points, strict=True)
+    assert sizes[0] < 2**20 < sizes[-1] and factors[sizes.index(2**20)] == 1 and factors[0] > 1
     assert 1e-8 < measured.layer_seconds < 1e-2
     assert measured.machine == machine_name(CPU) and measured.dtype == "float32"
 
@@ -99,7 +101,7 @@ def damaged(content: dict[str, Any], **changes: Any) -> str:
         (lambda c: "[]", "TypeError"),
         (lambda c: "null", "TypeError"),
         (lambda c: "{}", "KeyError: 'format'"),
-        (lambda c: damaged(c, format=0), "format 0 instead of 1"),
+        (lambda c: damaged(c, format=0), "format 0 instead of 2"),
         (lambda c: json.dumps({k: v for k, v in c.items() if k != "linear"}), "KeyError: 'linear'"),
         (lambda c: damaged(c, attention=[]), "attention has no rising x"),
         (lambda c: damaged(c, attention=[[2, 1], [1, 1]]), "attention has no rising x"),

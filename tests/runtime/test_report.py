@@ -142,7 +142,8 @@ def test_phase_one_returns_with_room() -> None:
 
 def test_predicted_step_times_stand_beside_the_measured() -> None:
     cache = held()
-    cache.stores[0].statistics.plan = types.SimpleNamespace(step_ms=(100.0, 3.0, 1.0, 2.0))
+    planned = types.SimpleNamespace(step_ms=(100.0, 3.0, 1.0, 2.0))
+    cache.stores[0].statistics.forecast = types.SimpleNamespace(plan=planned)
     cache.forward(50, 1, 1)
     assert cache.report.to_dict()["predicted_step_ms"] == 2.0
     assert "step time, predicted" in str(cache.report) and "2.00 ms" in str(cache.report)
