@@ -81,6 +81,9 @@ class AlisaLayer(CacheLayerMixin):
             stage = "decode" if new_tokens == 1 else ("extend" if store.has_history else "prefill")
             append(store, self.index, key_states, value_states, None)
             read = torch.ops.alisa.kv_read.tiered if store.is_tiered else torch.ops.alisa.kv_read.default
+            extra: tuple[Any, ...] = store.ticket_argument
+            if store.hidden_size:
+                read, extra = torch.ops.alisa.kv_read.recomputing, (*extra, store.hidden_size)
             keys, values = read(
                 store.pool,
                 store.scales,
@@ -97,7 +100,7 @@ class AlisaLayer(CacheLayerMixin):
                 stage,
                 store.spec,
                 store.padded,
-                *store.ticket_argument,
+                *extra,
             )
             return keys, values
         with torch.no_grad(), failures_of(store):
@@ -110,6 +113,12 @@ class AlisaLayer(CacheLayerMixin):
         self, store: TokenStore, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         new_tokens = key_states.shape[2]
+        if store.hidden_size:
+            raise NotAvailableError(
+                "rows of this cache are deleted and rebuilt, which is not available in eager mode",
+                got="an eager forward pass",
+                fix="call the model compiled with torch.compile(model, backend='alisa'), or set recompute='off'",
+            )
         if self.index == 0:
             store.reserve(store.host_length + new_tokens)
             store.begin_step(new_tokens)
@@ -316,6 +325,11 @@ class AlisaCache(Cache):
         for layer in self.managed_layers:
             groups.setdefault((layer.kv_heads, layer.head_dim), []).append(layer)
         return groups
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are alisa's, so that a step that fails in one of them leaves none with its tokens."""
+        return not self._foreign_layers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AlisaCache:
         """A copy with its own storage, for continuing one prompt in several ways."""

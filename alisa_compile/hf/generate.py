@@ -36,6 +36,7 @@ from ..runtime.report import CompileRow, SkipRow
 from ..runtime.store import TokenStore
 from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged, wrong_batch_size
 from .planning import PREFILL_TOKENS, forecast
+from .validate import Shadow
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 _TEXT_INPUTS = frozenset(
     ("attention_mask", "position_ids", "token_type_ids", "past_key_values", "use_cache", "logits_to_keep")
 )
+_SMALLEST_CHUNK = 64  # of a prompt, in tokens: shorter ones save next to nothing
 _FUSED = ("sdpa", "alisa")  # attention implementations whose graph holds scaled_dot_product_attention
 
 
@@ -74,6 +76,7 @@ class _Call:
     in_pieces: bool = False  # memory is short, so a long prompt is to be prefilled in chunks
     prepared: bool = False  # its cache has been chosen; the next to ask for one is an eager generate inside it
     cache: AlisaCache | None = None
+    shadow: Shadow | None = None  # of its first decode steps, with option `validate`
 
 
 @dataclasses.dataclass
@@ -145,7 +148,10 @@ def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: An
     token = _current.set(call)
     try:
         with _routed(model, session.ropes), compat.generous_recompile_limit():
-            return original(*args, **kwargs)
+            out = original(*args, **kwargs)
+        if call.shadow is not None:
+            call.shadow.end()
+        return out
     finally:
         _current.reset(token)
 
@@ -289,18 +295,28 @@ def _forward_route(model: Any, previous: Callable[..., Any] | None) -> Callable[
             return plain(*args, **kwargs)
         if call.cache is None:
             return _compiled_forward(call, plain, args, kwargs)
+        step = functools.partial(_cached_forward, call, call.cache, plain, args, kwargs)
         if call.in_chunks:
             # A chunk is a part of one dense block, however few tokens it has.
             for store in call.cache.stores:
                 store.attend_to_all()
-        if not _may_be_compiled(call, call.cache, kwargs):
-            return plain(*args, **kwargs)
-        out = _compiled_forward(call, plain, args, kwargs)
-        if call.session.refused is None:
-            _learn(call, call.cache)
-        return out
+        elif call.shadow is not None:
+            return call.shadow.beside(step, kwargs)
+        return step()
 
     return forward
+
+
+def _cached_forward(
+    call: _Call, cache: AlisaCache, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A forward pass over an AlisaCache."""
+    if not _may_be_compiled(call, cache, kwargs):
+        return plain(*args, **kwargs)
+    out = _compiled_forward(call, plain, args, kwargs)
+    if call.session.refused is None:
+        _learn(call, cache)
+    return out
 
 
 def _compiled_forward(call: _Call, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -370,19 +386,42 @@ def _prefill_route(model: Any) -> _Route:
         call = _active(model)
         if call is None:
             return original(input_ids, generation_config, *args, **kwargs)
-        chunk = max(1, PREFILL_TOKENS // input_ids.shape[0])
-        is_text = _TEXT_INPUTS.issuperset(args[0] if args else kwargs.get("model_kwargs", {}))
-        if call.in_pieces and is_text and generation_config.prefill_chunk_size is None and input_ids.shape[1] > chunk:
-            # Activations of the whole prompt could take more memory than the budgets save.
-            generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = chunk
-        call.in_chunks = generation_config.prefill_chunk_size is not None
-        try:
-            return original(input_ids, generation_config, *args, **kwargs)
-        finally:
-            call.in_chunks = False
+        inputs: dict[str, Any] = args[0] if args else kwargs.get("model_kwargs", {})
+        given, is_text = dict(inputs), _TEXT_INPUTS.issuperset(inputs)
+        length = 0 if call.cache is None else call.cache.get_seq_length()
+        chunk = generation_config.prefill_chunk_size
+        most = max(1, PREFILL_TOKENS // input_ids.shape[0])
+        if call.in_pieces and is_text and chunk is None and input_ids.shape[1] > most:
+            chunk = most  # activations of the whole prompt could take more memory than the budgets save
+        while True:
+            try:
+                return _prefill_by(chunk, call, original, input_ids, generation_config, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                before = chunk or input_ids.shape[1] - length
+                if call.cache is None or not call.cache.is_whole or not is_text or before <= _SMALLEST_CHUNK:
+                    raise
+                chunk = max(_SMALLEST_CHUNK, before // 2)
+            text = "the activations of %d tokens do not fit the memory; reading the prompt %d tokens at a time"
+            logger.warning(text, before, chunk)
+            call.cache.crop(length - call.cache.get_seq_length())
+            inputs.clear()  # transformers takes some out while it works
+            inputs.update(given)
 
     return _Route(model, compat.PREFILL, prefill)
+
+
+def _prefill_by(
+    chunk: int | None, call: _Call, original: Any, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """transformers' prefill, so many tokens at a time; None = all at once."""
+    if chunk is not None:
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = chunk
+    call.in_chunks = chunk is not None
+    try:
+        return original(input_ids, generation_config, *args, **kwargs)
+    finally:
+        call.in_chunks = False
 
 
 def _cache_route(model: Any) -> _Route:
@@ -399,6 +438,10 @@ def _cache_route(model: Any) -> _Route:
         if call is not None and not call.prepared:
             call.prepared = True
             _provide_cache(call, generation_config, model_kwargs, batch_size, max_cache_length)
+            if call.cache is not None and call.cache.options.validate:
+                prompt = _tokens_of(model_kwargs, generation_config, max_cache_length)
+                tokens = min(max_cache_length + 1, prompt + call.cache.options.validate)
+                call.shadow = Shadow(model, call.cache, mode, tokens, generation_config)
         return original(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
     return _Route(model, "_prepare_cache_for_generation", prepare)

@@ -428,6 +428,7 @@ def test_copies_of_a_cache_continue_independently(stock: Any, ids: torch.Tensor)
     cache = AlisaCache(stock.config, **options)
     out = generate(model, ids, 3, past_key_values=cache)
     copied = copy.deepcopy(cache)
+    assert alisa_compile.report(copied).budget_bytes == alisa_compile.report(cache).budget_bytes is not None
     assert copied.get_seq_length() == cache.get_seq_length() == ids.shape[1] + 2
     other = torch.cat([out, ids[:, :9]], dim=1)
     expected = generate(model, other, past_key_values=copy.deepcopy(cache))

@@ -262,3 +262,15 @@ def test_one_token_prompt_of_a_refused_model() -> None:
     with recorded_compiles() as rows:
         assert_same_tokens(model, candidate, ids, torch.ones_like(ids), 12)
     assert not rows
+
+
+@pytest.mark.slow
+def test_layers_that_share_rows_select_once() -> None:
+    """A second layer over the same rows would see the working set that the first has chosen for the coming step."""
+    model = _model(REWRITTEN["Gemma 3n, full layers with their own KV"][0])
+    candidate = compiled(model, inner="eager", sparsity=0.5)
+    ids, mask = left_padded(2, 13)
+    candidate.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=3, pad_token_id=0)
+    reasons = {row["layer"]: row["reason"] for row in alisa_compile.report(candidate).to_dict()["skipped"]}
+    assert "another layer attends to its rows of the cache first" in reasons[3]  # 1 owns the rows that 3 reads
+    assert 1 not in reasons
