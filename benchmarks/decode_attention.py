@@ -1,10 +1,11 @@
 """Decode attention on CPU: the working set's bytes per second, beside what this machine reads and torch's attention.
 
 A round times, one after the other, the kernel, torch's attention over all of K and V (in its packed form: query heads
-that share a KV head are query rows, the fast form on CPU) and two plain reads of a buffer far larger than the cache.
-Calls rotate through layers, so that rows come from memory. The working set is a random set of positions in ascending
-order: no recent run of neighbours, which a real one has, helps. No time is printed unless the output and the mass are
-those of the plain-torch reference in float64.
+that share a KV head are query rows, the fast form on CPU), a loop that only reads the rows of the working set (the
+gather floor: what any kernel over rows at these places has to wait for) and two plain reads of a buffer far larger
+than the cache. Calls rotate through layers, so that rows come from memory. The working set is a random set of positions
+in ascending order: no recent run of neighbours, which a real one has, helps. No time is printed unless the output and
+the mass are those of the plain-torch reference in float64.
 
     python -m benchmarks.decode_attention [--rounds 7] [--threads 2] [--quick] [--json FILE]
 """
@@ -45,6 +46,30 @@ extern "C" void read_all(const int64_t* words, int64_t* sums, int64_t parts, int
     for (int64_t p = begin; p < end; ++p) {
       int64_t sum = 0;
       for (int64_t i = 0; i < own.part; ++i) sum += own.words[p * own.part + i];
+      own.sums[p] = sum;
+    }
+  }, &work);
+}
+// Whole rows of `words` int64 each and, unless null, their `scale_words` of scales: by slot, four rows ahead.
+extern "C" void read_rows(const int64_t* pool, const int64_t* scales, const int32_t* slots, int64_t* sums,
+                          int64_t parts, int64_t count, int64_t words, int64_t scale_words) {
+  struct Work { const int64_t *pool, *scales; const int32_t* slots; int64_t *sums, parts, count, words, scale_words; };
+  Work work{pool, scales, slots, sums, parts, count, words, scale_words};
+  torch_parallel_for(0, parts, 1, [](int64_t begin, int64_t end, void* context) {
+    const Work& own = *static_cast<const Work*>(context);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = own.count * p / own.parts, last = own.count * (p + 1) / own.parts;
+      int64_t sum = 0;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t later = own.slots[i + 4 < own.count ? i + 4 : i];
+        const int64_t *row = own.pool + own.slots[i] * own.words, *ahead = own.pool + later * own.words;
+        for (int64_t line = 0; line < own.words; line += 8) {
+          __builtin_prefetch(ahead + line);
+          for (int64_t k = 0; k < 8; ++k) sum += row[line + k];
+        }
+        if (own.scale_words) __builtin_prefetch(own.scales + later * own.scale_words);
+        for (int64_t k = 0; k < own.scale_words; ++k) sum += own.scales[own.slots[i] * own.scale_words + k];
+      }
       own.sums[p] = sum;
     }
   }, &work);
@@ -131,6 +156,10 @@ class Attention:
             chosen = torch.rand((self.layers, batch, 1, tokens), generator=generator).topk(case.attended).indices
             self.rows = chosen.sort().values.to(torch.int32)
             self.counts = torch.full((self.layers, batch, 1), case.attended, dtype=torch.int32)
+        slots = self.table.view(self.layers, batch, tokens)
+        if self.rows is not None:
+            slots = slots.gather(2, self.rows.view(self.layers, batch, case.attended).long())
+        self.slots = slots.reshape(self.layers, -1).contiguous()
         block = torch.randn((1, HEADS, 1024, HEAD_DIM), generator=generator).bfloat16().repeat(1, 1, tokens // 1024, 1)
         dense = (self.torch_layers, batch, HEADS, tokens, HEAD_DIM)
         self.key, self.value = torch.empty(dense, dtype=torch.bfloat16), torch.empty(dense, dtype=torch.bfloat16)
@@ -150,6 +179,10 @@ class Attention:
     def scale(self) -> float:
         """The usual softmax scale."""
         return 1 / math.sqrt(HEAD_DIM)
+
+    def read(self, layer: int, bandwidth: Bandwidth) -> None:
+        """Only read what one layer attends to, in the same order."""
+        bandwidth.rows(self.pool, self.scales, self.slots[layer])
 
     def torch_attention(self, layer: int) -> torch.Tensor:
         """Torch's attention over every row, query heads packed by KV head."""
@@ -197,6 +230,13 @@ class Bandwidth:
         part = self.buffer.numel() // self.parts
         self.library.read_all(words, sums, ctypes.c_int64(self.parts), ctypes.c_int64(part))
 
+    def rows(self, pool: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor) -> None:
+        """The loop over whole rows of a pool `[slots, 2, heads, D]`, and their scales, in the order of `slots`."""
+        words, scale_words = (0 if each is None else each[0].nbytes // 8 for each in (pool, scales))
+        pointers = (None if each is None else each.data_ptr() for each in (pool, scales, slots, self.sums))
+        counts = (self.parts, slots.numel(), words, scale_words)
+        self.library.read_rows(*map(ctypes.c_void_p, pointers), *map(ctypes.c_int64, counts))
+
     def measure(self) -> float:
         """Bytes per second of the faster of both."""
         seconds = min(_seconds(self.loop), _seconds(lambda: self.floats.sum()))
@@ -215,12 +255,14 @@ def measure(case: Case, rounds: int, bandwidth: Bandwidth, cache: int) -> dict[s
     check(attention)
     ours: list[list[float]] = []
     dense: list[list[float]] = []
+    gather: list[list[float]] = []
     read: list[float] = []
     for _ in range(rounds + 1):  # the first warms up
         calls = max(attention.layers, 8)
         ours.append(
             [_seconds(lambda i=i: attention.run(attend, i % attention.layers, attention.query)) for i in range(calls)]
         )
+        gather.append([_seconds(lambda i=i: attention.read(i % attention.layers, bandwidth)) for i in range(calls)])
         calls = max(attention.torch_layers, 3)
         dense.append(
             [_seconds(lambda i=i: attention.torch_attention(i % attention.torch_layers)) for i in range(calls)]
@@ -229,7 +271,8 @@ def measure(case: Case, rounds: int, bandwidth: Bandwidth, cache: int) -> dict[s
     middle = [statistics.median(calls) for calls in ours[1:]]
     middle_dense = [statistics.median(calls) for calls in dense[1:]]
     seconds, seconds_dense = statistics.median(middle), statistics.median(middle_dense)
-    best, best_dense = min(map(min, ours[1:])), min(map(min, dense[1:]))
+    floor = statistics.median(statistics.median(calls) for calls in gather[1:])
+    best, best_dense, best_floor = (min(map(min, each[1:])) for each in (ours, dense, gather))
     peak = statistics.median(read[1:])
     return {
         "case": case.name,
@@ -238,11 +281,15 @@ def measure(case: Case, rounds: int, bandwidth: Bandwidth, cache: int) -> dict[s
         "GB/s": case.bytes / seconds / 1e9,
         "read GB/s": peak / 1e9,
         "share": case.bytes / seconds / peak,
+        "gather GB/s": case.bytes / floor / 1e9,
+        "of gather": floor / seconds,
         "SDPA ms": seconds_dense * 1e3,
         "ratio": seconds_dense / seconds,
         "best ms": best * 1e3,
         "best read GB/s": max(read[1:]) / 1e9,
         "best share": case.bytes / best / max(read[1:]),
+        "best gather GB/s": case.bytes / best_floor / 1e9,
+        "best of gather": best_floor / best,
         "best SDPA ms": best_dense * 1e3,
         "best ratio": best_dense / best,
     }

@@ -9,6 +9,7 @@ extern "C" int alisa_register() {
   if (aoti_torch_library_impl(library, "kv_append", kv_append) != AOTI_TORCH_SUCCESS) return 1;
   if (aoti_torch_library_impl(library, "swa_attention", swa_attention) != AOTI_TORCH_SUCCESS) return 1;
   if (aoti_torch_library_impl(library, "swa_attention.tiered", swa_attention_tiered) != AOTI_TORCH_SUCCESS) return 1;
+  if (aoti_torch_library_impl(library, "prefill_mass", prefill_mass) != AOTI_TORCH_SUCCESS) return 1;
   if (aoti_torch_library_impl(library, "kv_select", kv_select) != AOTI_TORCH_SUCCESS) return 1;
   if (aoti_torch_library_impl(library, "kv_seed", kv_seed) != AOTI_TORCH_SUCCESS) return 1;
   if (aoti_torch_library_impl(library, "gather_rows", gather_rows) != AOTI_TORCH_SUCCESS) return 1;

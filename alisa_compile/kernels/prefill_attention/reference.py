@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,19 @@ _BLOCK_ROWS = 256  # a block sees the keys up to its own end: short blocks waste
 _MASS_ELEMENTS = 1 << 20  # logits of a block of last rows: several passes go over them, so they should stay cached
 
 
+def prefill_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    groups: int,
+    seed_rows: int,
+    start: int,
+    scale: float,
+) -> torch.Tensor:
+    """`last_rows_mass` of queries that begin at position `start`, not summed over rows."""
+    return last_rows_mass(query, key, valid, groups, seed_rows, query_start=start, scale=scale)
+
+
 def prefill_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -19,6 +34,7 @@ def prefill_attention(
     groups: int,
     spec: str,
     scale: float,
+    mass_of: Callable[..., torch.Tensor] = prefill_mass,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention without history.
 
@@ -29,6 +45,7 @@ def prefill_attention(
     Returns the output `[B, Hq, S, D]` and the mass `[B, groups, R, S]`, R = `spec.seed_rows(S)`: the attention rows of
     each sequence's last R valid tokens, oldest first, summed over the group's query heads. A sequence with fewer
     valid tokens has zeros in its oldest rows. For a spec of rank `sum` it is one row, the sum over all valid tokens.
+    mass_of: what computes rows that are not summed: `prefill_mass`, or an op of its kind.
     """
     key, value = key.to(query.dtype), value.to(query.dtype)  # autocast mixes them
     valid = None if padding_mask is None else padding_mask[:, : key.shape[2]] != 0
@@ -41,8 +58,9 @@ def prefill_attention(
         out = blockwise_attention(query, key, value, valid, query_start=0, scale=scale)
     policy = decode_spec(spec) if spec else None
     seed_rows = int(policy.seed_rows(query.shape[2])) if policy else 0
-    total = policy is not None and policy.rank == "sum"
-    return out, last_rows_mass(query, key, valid, groups, seed_rows, query_start=0, scale=scale, total=total)
+    if policy is not None and policy.rank == "sum":
+        return out, last_rows_mass(query, key, valid, groups, seed_rows, query_start=0, scale=scale, total=True)
+    return out, mass_of(query, key, valid, groups, seed_rows, 0, scale)
 
 
 def blockwise_attention(

@@ -1,13 +1,16 @@
 // CPU kernel of alisa::swa_attention; reference.py says what it must compute.
 //
 // Memory sets the pace, so the work follows the slots. A unit is a block of rows with all heads of their slots, taken
-// in tiles of kTile rows: dot products, weights, weighted sum, while the lines of the next tile are asked for. Within a
-// tile several rows advance together, head by head. One slot after the other would wait for each page to be found.
+// in tiles of kTile rows: dot products, weights, weighted sum. A few rows advance together, head by head, while the
+// same heads of the next few are asked for. So each row is read from its first byte to its last, as the hardware's own
+// prefetching wants it; head by head over a whole tile costs a quarter of the bandwidth, and one slot after the other
+// would wait for each page to be found.
 // The dot products of 16 pairs of a row and a head are reduced together, and where the dtypes allow it they are taken
 // without widening the rows to float32 (`BFloat16Dot`, `Int8Dot`); weighted sums then take rows in pairs.
 //
 // Rows without a device slot are copied to staging when their tile is due: tiles and sums are the same as with slots.
 
+#include "../dots.h"
 #include "../tiers.h"
 
 namespace {
@@ -37,140 +40,9 @@ int64_t block_rows(int64_t count) {
   return std::clamp<int64_t>((count / 32 + kTile - 1) / kTile, 2, kMostTiles) * kTile;
 }
 
-// exp(x) for x <= 0, within 2 ulp; NaN stays NaN. libm's needs -ffast-math to be vectorised.
-inline Vector<float, 16> exponential(Vector<float, 16> x) {
-  using Floats = Vector<float, 16>;
-  using Ints = Vector<int32_t, 16>;
-  const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  Floats bounded = x < -87.0f ? Floats{} - 87.0f : x;
-  Floats shifted = bounded * 1.44269504088896341f + magic;
-  Floats whole = shifted - magic;
-  Floats rest = bounded - whole * 0.693359375f;
-  rest = rest - whole * -2.12194440e-4f;
-  Floats power = Floats{} + 1.9875691500e-4f;
-  power = power * rest + 1.3981999507e-3f;
-  power = power * rest + 8.3334519073e-3f;
-  power = power * rest + 4.1665795894e-2f;
-  power = power * rest + 1.6666665459e-1f;
-  power = power * rest + 5.0000001201e-1f;
-  power = power * (rest * rest) + rest + 1.0f;
-  Ints exponent = (bit_cast<Ints>(shifted) << 23) + (127 << 23);
-  Floats scaled = power * bit_cast<Floats>(exponent);
-  return x < -87.0f ? Floats{} : scaled;
-}
-
-inline float exponential(float x) { return exponential(Vector<float, 16>{} + x)[0]; }
-inline double exponential(double x) { return std::exp(x); }
-
-inline Vector<double, 8> exponential(Vector<double, 8> x) {
-  for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-
-// Scratch that begins at a cache line.
-template <class T, int kPurpose>
-T* aligned(int64_t count) {
-  auto address = reinterpret_cast<uintptr_t>(scratch<T, kPurpose>(count + 64 / sizeof(T)));
-  return reinterpret_cast<T*>((address + 63) / 64 * 64);
-}
-
-template <class Acc>
-Acc max_lanes(Lanes<Acc> vector) {
-  constexpr int kLanes = kLanesOf<Acc>;
-  const auto larger = [](auto pair) { return pair.low > pair.high ? pair.low : pair.high; };
-  auto half = larger(bit_cast<Pair<Vector<Acc, kLanes / 2>>>(vector));
-  auto quarter = larger(bit_cast<Pair<Vector<Acc, kLanes / 4>>>(half));
-  if constexpr (kLanes == 16) {
-    auto eighth = larger(bit_cast<Pair<Vector<Acc, kLanes / 8>>>(quarter));
-    return eighth[0] > eighth[1] ? eighth[0] : eighth[1];
-  } else {
-    return quarter[0] > quarter[1] ? quarter[0] : quarter[1];
-  }
-}
-
-template <class V>
-void save(void* address, const V& vector) {
-  std::memcpy(address, &vector, sizeof(V));
-}
-
 // -------------------------------------------------------------------------------------------------------- dot products
 
-// Sixteen vectors to the vector of their sums.
-template <class V>
-[[gnu::always_inline]] inline V sum_each(const V* v) {
-  V fours[4];
-  for (int i = 0; i < 4; ++i) {
-    V pairs[2];
-    for (int j = 0; j < 2; ++j) {
-      const V a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-      pairs[j] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                 __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    }
-    const V a = pairs[0], b = pairs[1];
-    fours[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-  V halves[2];
-  for (int i = 0; i < 2; ++i) {
-    const V a = fours[2 * i], b = fours[2 * i + 1];
-    halves[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  const V a = halves[0], b = halves[1];
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-
-// How rows meet the query and the weights. `prepare` turns a query row into Query elements, zeros beyond, and returns
-// the factor that its dot products still need; then `read` and `add` take kElements at a time. With kPairs `add`
-// multiplies pairs of 16-bit elements, and weighted sums advance by pairs of rows: `prepare_weights` turns the weights
-// of a tile into Weight elements and returns the factor that its sums still need; `low` and `high` interleave two rows.
-
-template <class RowType, class AccType>
-struct WideDot {  // everything in the accumulation type
-  using Row = RowType;
-  using Acc = AccType;
-  using Query = Acc;
-  using Elements = Lanes<Acc>;
-  using Sum = Lanes<Acc>;
-  static constexpr int kElements = kLanesOf<Acc>;
-  static Acc prepare(const Acc* values, int64_t padded, int64_t, void* query) {
-    std::memcpy(query, values, padded * sizeof(Acc));
-    return 1;
-  }
-  static Elements read(const Row* row) { return Loader<Row, Acc>::read(row); }
-  static Elements read_tail(const Row* row, int64_t count) { return Loader<Row, Acc>::read_tail(row, count); }
-  static Sum add(Sum sum, Elements row, Elements query) { return sum + row * query; }
-  static Lanes<Acc> finish(Sum sum) { return sum; }
-  using Weight = Acc;
-  static constexpr bool kPairs = false;
-};
-
 #ifdef __AVX512BF16__
-struct BFloat16Dot {  // rows and query in bfloat16: products are exact, sums are float32
-  using Row = BFloat16;
-  using Acc = float;
-  using Query = uint16_t;
-  using Elements = __m512bh;
-  using Sum = Vector<float, 16>;
-  static constexpr int kElements = 32;
-  static float prepare(const float* values, int64_t padded, int64_t, void* query) {
-    for (int64_t d = 0; d < padded; ++d) static_cast<Query*>(query)[d] = bit_cast<uint32_t>(values[d]) >> 16;
-    return 1;
-  }
-  static Elements read(const Row* row) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(row)); }
-  static Elements read_tail(const Row* row, int64_t count) {
-    return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, row));
-  }
-  static Sum add(Sum sum, Elements row, Elements query) {
-    return bit_cast<Sum>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), row, query));
-  }
-  static Lanes<float> finish(Sum sum) { return sum; }
-
-  using Weight = float;
-  static constexpr bool kPairs = false;
-};
-
 // Weights too, rounded to bfloat16 as the reference does. Their rounding errors average out over many rows.
 struct BFloat16PairDot : BFloat16Dot {
   using Weight = uint16_t;
@@ -190,6 +62,8 @@ struct BFloat16PairDot : BFloat16Dot {
   static Elements broadcast(const Weight* pair) {
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(load<int32_t>(pair)));
   }
+  static Sum open(const float* at, float factor) { return load<Sum>(at) * factor; }
+  static void close(float* at, Sum sum, float, float) { save(at, sum); }
 };
 #endif
 
@@ -249,84 +123,27 @@ struct Int8Dot {
   static Elements low(Elements a, Elements b) { return _mm512_unpacklo_epi16(a, b); }
   static Elements high(Elements a, Elements b) { return _mm512_unpackhi_epi16(a, b); }
   static Elements broadcast(const Weight* pair) { return _mm512_set1_epi32(load<int32_t>(pair)); }
+  static Sum open(const float*, float) { return Sum{}; }
+  static void close(float* at, Sum sum, float factor, float unit) {
+    save(at, load<Lanes<float>>(at) * factor + finish(sum) * unit);
+  }
 };
 #endif
 
-// Asks for bytes [begin, begin + size) of rows that come later, row after row, a few lines at a time: requests in a
-// burst would wait for each other.
-struct Ahead {
-  const char* const* row;
-  const char* const* end;
-  int64_t begin, size, at;
-  template <int kLines>
-  [[gnu::always_inline]] void ask() {
-    if (row == end) return;
-    const char* address = *row + begin + at;
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(address + i * 64);
-    at += kLines * 64;
-    if (at >= size) {
-      at = 0;
-      ++row;
-    }
-  }
-};
+// Rows advance in groups of so many bytes a head: a group and the one that is asked for meanwhile fit the first cache.
+template <class Row>
+constexpr int64_t kGroup = 16 / sizeof(Row);
 
-// logits[h * kTile + i] = query[h] . rows[i] for kRows rows and kHeads query heads.
-template <class Dot, int kHeads, int kRows>
-[[gnu::always_inline]] inline void dot_tile(const typename Dot::Row* const* rows, int64_t offset,
-                                            const typename Dot::Query* query, int64_t dim, int64_t padded, Ahead& ahead,
-                                            typename Dot::Acc* logits) {
-  using Acc = typename Dot::Acc;
-  constexpr int kElements = Dot::kElements;
-  constexpr int kLines = (kRows * kElements * sizeof(typename Dot::Row) + 63) / 64;
-  const int64_t whole = dim - dim % kElements;
-  typename Dot::Sum sums[kHeads * kRows] = {};
-  const auto advance = [&](int64_t d) __attribute__((always_inline)) {
-    ahead.ask<kLines>();
-    typename Dot::Elements elements[kRows];
-    for (int i = 0; i < kRows; ++i) elements[i] = Dot::read(rows[i] + offset + d);
-    for (int h = 0; h < kHeads; ++h) {
-      const auto own = load<typename Dot::Elements>(query + h * padded + d);
-      for (int i = 0; i < kRows; ++i) sums[h * kRows + i] = Dot::add(sums[h * kRows + i], elements[i], own);
-    }
-  };
-  int64_t d = 0;
-  for (; d + 4 * kElements <= whole; d += 4 * kElements) {
-    for (int i = 0; i < 4; ++i) advance(d + i * kElements);
-  }
-  for (; d < whole; d += kElements) advance(d);
-  if (whole < dim) {
-    for (int i = 0; i < kRows; ++i) {
-      const auto elements = Dot::read_tail(rows[i] + offset + whole, dim - whole);
-      for (int h = 0; h < kHeads; ++h) {
-        const auto own = load<typename Dot::Elements>(query + h * padded + whole);
-        sums[h * kRows + i] = Dot::add(sums[h * kRows + i], elements, own);
-      }
-    }
-  }
-  if constexpr (kHeads * kRows == 16) {
-    const Lanes<Acc> totals = Dot::finish(sum_each(sums));
-    for (int h = 0; h < kHeads; ++h) {
-      std::memcpy(logits + h * kTile, reinterpret_cast<const float*>(&totals) + h * kRows, kRows * sizeof(float));
-    }
-  } else {
-    for (int h = 0; h < kHeads; ++h) {
-      for (int i = 0; i < kRows; ++i) logits[h * kTile + i] = sum_lanes<Acc>(Dot::finish(sums[h * kRows + i]));
-    }
-  }
-}
-
-// The same for the first `count` rows of a tile.
+// logits[h * kTile + i] = query[h] . rows[i] for a group of rows and kHeads query heads.
 template <class Dot, int kHeads>
-[[gnu::noinline]] void dot_rows(const typename Dot::Row* const* rows, int64_t count, int64_t offset,
-                                const typename Dot::Query* query, int64_t dim, int64_t padded, Ahead& ahead,
+[[gnu::noinline]] void dot_rows(const typename Dot::Row* const* rows, const typename Dot::Row* const* ahead,
+                                int64_t offset, const typename Dot::Query* query, int64_t dim, int64_t padded,
                                 typename Dot::Acc* logits) {
-  constexpr int kRows = std::is_same_v<typename Dot::Acc, float> ? 16 / kHeads : 1;
-  Ahead own = ahead;
-  for (int64_t i = 0; i < count; i += kRows) {
-    dot_tile<Dot, kHeads, kRows>(rows + i, offset, query, dim, padded, own, logits + i);
+  constexpr int kMost = std::is_same_v<typename Dot::Acc, float> ? 16 / kHeads : 1;
+  constexpr int kRows = std::min<int>(kMost, kGroup<typename Dot::Row>);
+  for (int64_t i = 0; i < kGroup<typename Dot::Row>; i += kRows) {
+    dot_tile<Dot, kHeads, kRows>(rows + i, ahead + i, offset, query, dim, padded, logits + i, kTile);
   }
-  ahead = own;
 }
 
 // ------------------------------------------------------------------------------------------------------- weighted sums
@@ -334,8 +151,8 @@ template <class Dot, int kHeads>
 // out[h] = out[h] * factors[h] + sum over rows of weights[h][i] * rows[i], of elements [d, d + kVectors * lanes);
 // tail > 0: only so many.
 template <class Row, class Acc, int kHeads, int kVectors>
-void weigh_columns(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights, const Acc* factors,
-                   const Problem& problem, int64_t d, int64_t tail, Ahead& ahead, Acc* out) {
+void weigh_columns(const Row* const* rows, const Row* const* ahead, int64_t count, int64_t offset, const Acc* weights,
+                   const Acc* factors, const Problem& problem, int64_t d, int64_t tail, Acc* out) {
   constexpr int kLanes = kLanesOf<Acc>;
   Lanes<Acc> sums[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
@@ -344,7 +161,7 @@ void weigh_columns(const Row* const* rows, int64_t count, int64_t offset, const 
     }
   }
   for (int64_t i = 0; i < count; ++i) {
-    ahead.ask<(kVectors * kLanes * sizeof(Row) + 63) / 64>();
+    ask<1, kVectors * kLanes>(ahead + i, offset + d);
     for (int v = 0; v < kVectors; ++v) {
       const Row* from = rows[i] + offset + d + v * kLanes;
       Lanes<Acc> elements = tail > 0 ? Loader<Row, Acc>::read_tail(from, tail) : Loader<Row, Acc>::read(from);
@@ -357,75 +174,80 @@ void weigh_columns(const Row* const* rows, int64_t count, int64_t offset, const 
 }
 
 template <class Row, class Acc, int kHeads>
-void weigh_rows(const Row* const* rows, int64_t count, int64_t offset, const Acc* weights, const Acc* factors,
-                const Problem& problem, Ahead& ahead, Acc* out) {
+void weigh_rows(const Row* const* rows, const Row* const* ahead, int64_t count, int64_t offset, const Acc* weights,
+                const Acc* factors, const Problem& problem, Acc* out) {
   constexpr int kLanes = kLanesOf<Acc>;
   constexpr int kVectors = 4;
   int64_t d = 0;
   for (; d + kVectors * kLanes <= problem.dim; d += kVectors * kLanes) {
-    weigh_columns<Row, Acc, kHeads, kVectors>(rows, count, offset, weights, factors, problem, d, 0, ahead, out);
+    weigh_columns<Row, Acc, kHeads, kVectors>(rows, ahead, count, offset, weights, factors, problem, d, 0, out);
   }
   for (; d + kLanes <= problem.dim; d += kLanes) {
-    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, factors, problem, d, 0, ahead, out);
+    weigh_columns<Row, Acc, kHeads, 1>(rows, ahead, count, offset, weights, factors, problem, d, 0, out);
   }
   if (d < problem.dim) {
-    weigh_columns<Row, Acc, kHeads, 1>(rows, count, offset, weights, factors, problem, d, problem.dim - d, ahead, out);
+    weigh_columns<Row, Acc, kHeads, 1>(rows, ahead, count, offset, weights, factors, problem, d, problem.dim - d, out);
   }
 }
 
 // The same by pairs of rows, of kVectors * kElements elements; units: what `prepare_weights` returned. Interleaving
 // leaves out[h] in an order that `in_order` undoes. The last of an odd number meets zeros: a row that is not attended
-// may hold NaN.
+// may hold NaN. Unrolled by hand: gcc 12 would keep the sums in memory.
 template <class Dot, int kHeads, int kVectors>
-[[gnu::noinline]] void weigh_pairs(const typename Dot::Row* const* rows, int64_t count, int64_t offset,
-                 const typename Dot::Weight* weights, const float* units, const float* factors,
-                 const Problem& problem, int64_t d, int64_t tail, Ahead& ahead, float* out) {
+[[gnu::noinline]] void weigh_pairs(const typename Dot::Row* const* rows, const typename Dot::Row* const* ahead,
+                                   int64_t count, int64_t offset, const typename Dot::Weight* weights,
+                                   const float* units, const float* factors, const Problem& problem, int64_t d,
+                                   int64_t tail, float* out) {
   using Elements = typename Dot::Elements;
-  typename Dot::Sum sums[kHeads][2 * kVectors] = {};
-  const auto read = [&](int64_t i, int v) {
+  typename Dot::Sum sums[kHeads][2 * kVectors];
+#pragma GCC unroll 16
+  for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * kVectors; ++v) {
+      sums[h][v] = Dot::open(out + h * problem.padded_dim + d + v * kLanesOf<float>, factors[h]);
+    }
+  }
+  const auto read = [&](int64_t i, int v) __attribute__((always_inline)) {
     const auto* from = rows[i] + offset + d + v * Dot::kElements;
     return tail > 0 ? Dot::read_tail(from, tail) : Dot::read(from);
   };
-  const auto add = [&](int64_t i, int v, Elements a, Elements b) {
-    const Elements low = Dot::low(a, b), high = Dot::high(a, b);
-    for (int h = 0; h < kHeads; ++h) {
-      const Elements pair = Dot::broadcast(weights + h * kTile + i);
-      sums[h][2 * v] = Dot::add(sums[h][2 * v], low, pair);
-      sums[h][2 * v + 1] = Dot::add(sums[h][2 * v + 1], high, pair);
+  for (int64_t i = 0; i < count; i += 2) {
+    ask<2, kVectors * Dot::kElements>(ahead + i, offset + d);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const Elements a = read(i, v), b = i + 1 < count ? read(i + 1, v) : Elements{};
+      const Elements low = Dot::low(a, b), high = Dot::high(a, b);
+#pragma GCC unroll 16
+      for (int h = 0; h < kHeads; ++h) {
+        const Elements pair = Dot::broadcast(weights + h * kTile + i);
+        sums[h][2 * v] = Dot::add(sums[h][2 * v], low, pair);
+        sums[h][2 * v + 1] = Dot::add(sums[h][2 * v + 1], high, pair);
+      }
     }
-  };
-  Ahead own = ahead;
-  int64_t i = 0;
-  for (; i + 2 <= count; i += 2) {
-    own.ask<(2 * kVectors * Dot::kElements * sizeof(typename Dot::Row) + 63) / 64>();
-    for (int v = 0; v < kVectors; ++v) add(i, v, read(i, v), read(i + 1, v));
   }
-  if (i < count) {
-    for (int v = 0; v < kVectors; ++v) add(i, v, read(i, v), Elements{});
-  }
-  ahead = own;
+#pragma GCC unroll 16
   for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 16
     for (int v = 0; v < 2 * kVectors; ++v) {
-      float* at = out + h * problem.padded_dim + d + v * kLanesOf<float>;
-      save(at, load<Lanes<float>>(at) * factors[h] + Dot::finish(sums[h][v]) * units[h]);
+      Dot::close(out + h * problem.padded_dim + d + v * kLanesOf<float>, sums[h][v], factors[h], units[h]);
     }
   }
 }
 
 template <class Dot, int kHeads>
-void weigh_by_pairs(const typename Dot::Row* const* rows, int64_t count, int64_t offset,
-                    const typename Dot::Weight* weights, const float* units, const float* factors,
-                    const Problem& problem, Ahead& ahead, float* out) {
+void weigh_by_pairs(const typename Dot::Row* const* rows, const typename Dot::Row* const* ahead, int64_t count,
+                    int64_t offset, const typename Dot::Weight* weights, const float* units, const float* factors,
+                    const Problem& problem, float* out) {
   constexpr int kElements = Dot::kElements;
   int64_t d = 0;
   for (; d + 2 * kElements <= problem.dim; d += 2 * kElements) {
-    weigh_pairs<Dot, kHeads, 2>(rows, count, offset, weights, units, factors, problem, d, 0, ahead, out);
+    weigh_pairs<Dot, kHeads, 2>(rows, ahead, count, offset, weights, units, factors, problem, d, 0, out);
   }
   for (; d + kElements <= problem.dim; d += kElements) {
-    weigh_pairs<Dot, kHeads, 1>(rows, count, offset, weights, units, factors, problem, d, 0, ahead, out);
+    weigh_pairs<Dot, kHeads, 1>(rows, ahead, count, offset, weights, units, factors, problem, d, 0, out);
   }
   if (d < problem.dim) {
-    weigh_pairs<Dot, kHeads, 1>(rows, count, offset, weights, units, factors, problem, d, problem.dim - d, ahead, out);
+    weigh_pairs<Dot, kHeads, 1>(rows, ahead, count, offset, weights, units, factors, problem, d, problem.dim - d, out);
   }
 }
 
@@ -574,7 +396,8 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
   Tile<Dot> tile_scratch{more, more + 2 * heads * kTile, more + 2 * heads * kTile + head_size,
                          reinterpret_cast<typename Dot::Weight*>(more + 2 * heads * kTile + 2 * head_size)};
   std::fill(tile_scratch.factors, tile_scratch.factors + head_size, -std::numeric_limits<Acc>::infinity());
-  const int64_t half = heads * dim * int64_t(sizeof(Row));  // bytes of all keys, or all values, of a slot
+  constexpr int64_t kRows = kGroup<Row>;
+  static constexpr Acc ones[4] = {1, 1, 1, 1};
   for (int64_t first_row = 0; first_row < count; first_row += kTile) {
     const Row* const* rows = keys + first_row;
     const int64_t tile = first_row / kTile, tile_rows = std::min(kTile, count - first_row);
@@ -595,34 +418,43 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
       for (int64_t j = 0; j < 2 * heads; j += 16) __builtin_prefetch(scales[first_row + kTile + i] + j);
       for (int64_t j = 0; j < 2 * heads; ++j) tile_scratch.scales[j * kTile + i] = row[j];
     }
-    const auto* next = reinterpret_cast<const char* const*>(rows + kTile);
-    Ahead keys_ahead{next, next + kTile, 0, half, 0}, values_ahead{next, next + kTile, half, half, 0};
-    for (int64_t head = 0; head < heads; ++head) {
-      by_heads<Acc>(ratio, [&](int64_t first, auto size) {
-        const int64_t h = head * ratio + first;
-        dot_rows<Dot, decltype(size)::value>(rows, tile_rows, head * dim, query + h * padded, dim, padded, keys_ahead,
-                                             weights + h * kTile);
-      });
+    // All keys of the tile, all values, then the keys of the next: what is asked for is what comes a group later.
+    const Row* stream[2 * kTile + kRows];
+    for (int64_t i = 0; i < kTile; ++i) stream[i] = rows[i];
+    for (int64_t i = 0; i < kTile; ++i) stream[kTile + i] = rows[i] + heads * dim;
+    for (int64_t i = 0; i < kRows; ++i) stream[2 * kTile + i] = rows[kTile + i];
+    for (int64_t i = 0; i < tile_rows; i += kRows) {
+      for (int64_t head = 0; head < heads; ++head) {
+        by_heads<Acc>(ratio, [&](int64_t first, auto size) {
+          const int64_t h = head * ratio + first;
+          const auto* group = stream + i;
+          dot_rows<Dot, decltype(size)::value>(group, first == 0 ? group + kRows : group, head * dim,
+                                               query + h * padded, dim, padded, weights + h * kTile + i);
+        });
+      }
     }
     weigh_tile<Dot>(tile_rows, query_scales, problem, partial, weights, tile_scratch);
     if (partial.weights != nullptr) {
       std::copy(partial.largest, partial.largest + query_heads, partial.so_far + tile * head_size);
     }
-    for (int64_t head = 0; head < heads; ++head) {
-      by_heads<Acc>(ratio, [&](int64_t first, auto size) {
-        const int64_t h = head * ratio + first;
-        constexpr int kHeads = decltype(size)::value;
-        const int64_t offset = (heads + head) * dim;
-        const auto* values = tile_scratch.values + h * kTile;
-        const Acc* factors = tile_scratch.factors + h;
-        Acc* out = partial.out + h * padded;
-        if constexpr (Dot::kPairs) {
-          const Acc* units = tile_scratch.units + h;
-          weigh_by_pairs<Dot, kHeads>(rows, tile_rows, offset, values, units, factors, problem, values_ahead, out);
-        } else {
-          weigh_rows<Row, Acc, kHeads>(rows, tile_rows, offset, values, factors, problem, values_ahead, out);
-        }
-      });
+    for (int64_t i = 0; i < tile_rows; i += kRows) {
+      for (int64_t head = 0; head < heads; ++head) {
+        by_heads<Acc>(ratio, [&](int64_t first, auto size) {
+          const int64_t h = head * ratio + first, size_of_group = std::min(kRows, tile_rows - i);
+          constexpr int kHeads = decltype(size)::value;
+          const auto* group = stream + kTile + i;
+          const auto* ahead = first == 0 ? group + kRows : group;
+          const auto* values = tile_scratch.values + h * kTile + i;
+          const Acc* factors = i == 0 ? tile_scratch.factors + h : ones;
+          Acc* out = partial.out + h * padded;
+          if constexpr (Dot::kPairs) {
+            const Acc* units = tile_scratch.units + h;
+            weigh_by_pairs<Dot, kHeads>(group, ahead, size_of_group, head * dim, values, units, factors, problem, out);
+          } else {
+            weigh_rows<Row, Acc, kHeads>(group, ahead, size_of_group, head * dim, values, factors, problem, out);
+          }
+        });
+      }
     }
   }
   if constexpr (Dot::kPairs) in_order(partial.out, query_heads * padded);
@@ -678,31 +510,6 @@ Kernel<Acc> kernel_for(Type rows, Type query) {
       return kernel_of<WideDot<int8_t, Acc>>();
     default:
       throw std::runtime_error("alisa: unsupported dtype of the store");
-  }
-}
-
-// values[0 .. count) = a row of a tensor from element `index` on.
-template <class Acc>
-void read_row(const Tensor& tensor, int64_t index, int64_t stride, int64_t count, Acc* values) {
-  const auto copy = [&](const auto* from) {
-    for (int64_t d = 0; d < count; ++d) values[d] = static_cast<Acc>(from[index + d * stride]);
-  };
-  switch (tensor.type) {
-    case Type::kFloat:
-      return copy(tensor.data<float>());
-    case Type::kDouble:
-      return copy(tensor.data<double>());
-    case Type::kBFloat16: {
-      const auto* from = tensor.data<uint16_t>();
-      for (int64_t d = 0; d < count; ++d) {
-        values[d] = bit_cast<float>(static_cast<uint32_t>(from[index + d * stride]) << 16);
-      }
-      return;
-    }
-    default:
-      for (int64_t d = 0; d < count; ++d) {
-        values[d] = static_cast<Acc>(to_double(tensor.data<void>(), tensor.type, index + d * stride));
-      }
   }
 }
 

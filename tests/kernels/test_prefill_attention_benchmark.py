@@ -1,0 +1,43 @@
+"""The benchmark of prompt attention: its short form runs, and wrong results print no time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import prefill_attention
+
+
+def test_the_short_form_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A row a case, every time above zero, and torch's threads as they were."""
+    threads = torch.get_num_threads()
+    prefill_attention.main(["--quick", "--threads", "1", "--json", str(tmp_path / "result.json")])
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    printed = capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+    assert len(rows) == len(prefill_attention.QUICK)
+    for row in rows:
+        assert row["case"] in printed
+        assert all(row[name] > 0 for name in ("ms", "no mass ms", "SDPA ms", "ratio", "best ratio"))
+
+
+@pytest.mark.parametrize("broken", ["out", "mass"])
+def test_a_wrong_kernel_gets_no_number(
+    broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gate sees one wrong element of the output or of the mass."""
+    run = prefill_attention.Attention.run
+
+    def wrong(self: Any, spec: str) -> Any:
+        out, mass = run(self, spec)
+        (out if broken == "out" else mass).view(-1)[3] += 0.1
+        return out, mass
+
+    monkeypatch.setattr(prefill_attention.Attention, "run", wrong)
+    with pytest.raises(SystemExit, match="no time is printed"):
+        prefill_attention.main(["--quick", "--threads", "1"])
+    assert "SDPA" not in capsys.readouterr().out
