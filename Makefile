@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 JOBS ?= auto
 
 # Nothing here needs the network once installed; one compile cache makes a second run of the tests quick.
@@ -39,8 +40,8 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check alisa_compile tests benchmarks
 	$(BIN)/mypy
 
-bench: $(STAMP) ## host overhead of one decode step
-	$(BIN)/python -m benchmarks.host_overhead
+bench: $(STAMP) ## every benchmark, about 20 minutes; goes on where it was interrupted
+	$(BIN)/alisa bench $(BENCH_ARGS)
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

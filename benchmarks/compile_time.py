@@ -65,6 +65,16 @@ def _in_a_process(layers: int, cache: str) -> dict[str, Any]:
     return found
 
 
+def measure(layers: int) -> list[dict[str, Any]]:
+    """The cold process and the warm one, over one new cache folder."""
+    with tempfile.TemporaryDirectory() as cache:
+        rows = []
+        for name, limit in (("cold", COLD_LIMIT_S), ("warm", WARM_LIMIT_S)):
+            print(f"{name} process", file=sys.stderr)
+            rows.append({"process": name, **_in_a_process(layers, cache), "limit_s": limit})
+    return rows
+
+
 def main() -> None:
     """Measure both and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -77,11 +87,7 @@ def main() -> None:
         return
     from benchmarks.machine import machine_line
 
-    with tempfile.TemporaryDirectory() as cache:
-        rows = []
-        for name, limit in (("cold", COLD_LIMIT_S), ("warm", WARM_LIMIT_S)):
-            print(f"{name} process", file=sys.stderr)
-            rows.append({"process": name, **_in_a_process(arguments.layers, cache), "limit_s": limit})
+    rows = measure(arguments.layers)
     if rows[0]["tokens"] != rows[1]["tokens"]:
         raise SystemExit("the warm process generated other tokens than the cold one: no number is printed")
     print(machine_line())

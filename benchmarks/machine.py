@@ -1,4 +1,4 @@
-"""The machine line that stands above every table of numbers."""
+"""Where numbers come from: the machine line that stands above every table, and the folder of models and texts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import transformers
 
 from alisa_compile.runtime.profile import processor_name
+
+ASSETS = Path(__file__).parent / "assets"
 
 
 def machine_line() -> str:

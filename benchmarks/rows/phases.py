@@ -1,0 +1,69 @@
+"""Where the phases cross: what a step costs as less and less of K and V fits the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import alisa_compile
+from alisa_compile.backend import alisa
+from alisa_compile.kernels import native
+from benchmarks.contenders import quiet_transformers
+from benchmarks.machine import ASSETS
+from benchmarks.outcome import GateFailed, Measure, Outcome
+from benchmarks.timing import Times
+
+_POLICIES: dict[str, dict[str, Any]] = {"swa": {}, "churn": {"policy": "churn"}, "dense": {"sparsity": 0.0}}
+
+
+def step_by_budget(policy: str, shares: list[float], prompt: int, new: int, rounds: int = 3) -> Outcome:
+    """Beside a store without any budget; the rest is on the host.
+
+    One thread: the model is small, and transfers have a thread of their own.
+    """
+    quiet_transformers()
+    native.register_native()
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "novel-7m", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "novel-7m")
+    text = (ASSETS / "moby-dick-excerpt.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :prompt]
+    config = model.config
+    kv = 2 * config.num_key_value_heads * config.head_dim * 4 * config.num_hidden_layers * (prompt + new)
+    budgets: dict[str, dict[str, Any]] = {"alisa, no budget": {}}
+    budgets |= {f"alisa, room for {share:.0%}": {"device_kv_budget": int(share * kv)} for share in shares}
+    models = {
+        who: torch.compile(model, backend=alisa, options={**_POLICIES[policy], **budget})
+        for who, budget in budgets.items()
+    }
+    steps: dict[str, list[float]] = {who: [] for who in models}
+    outputs: dict[str, torch.Tensor] = {}
+    for turn in range(rounds + 1):  # the first compiles
+        for who, compiled in models.items():
+            outputs[who] = compiled.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
+            if turn:
+                steps[who] += [ms / 1e3 for ms in alisa_compile.report(compiled).decode_ms]
+    expected = outputs["alisa, no budget"]
+    for who, found in outputs.items():
+        if not torch.equal(found, expected):
+            raise GateFailed(f"{who}: other tokens than with everything on the device")
+    return Outcome([_measure(who, models[who], steps[who], new) for who in models])
+
+
+def _measure(who: str, compiled: Any, seconds: list[float], new: int) -> Measure:
+    report = alisa_compile.report(compiled).to_dict()
+    phases = "+".join(phase["phase"] for phase in report["phases"])
+    up = report["bytes_moved"]["host_to_device"] / new / 1024
+    times = Times.of(seconds)
+    return Measure(
+        who,
+        times,
+        f"phases {phases}, {up:.0f} KiB up a step",
+        kv_bytes=report["peak_bytes"]["device"],
+        tokens_per_s=1e3 / times.mean,
+    )
