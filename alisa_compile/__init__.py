@@ -11,7 +11,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import kernels as _kernels  # noqa: F401  (registers the alisa:: ops)
-from .api import disable, enable, plan, release, report
+from .api import diff, disable, enable, plan, record, release, report, trace
 from .config import AlisaConfig
 from .errors import AlisaError, CacheError, ConfigError, InfeasibleError, NotAvailableError, ProfileError, TierError
 
@@ -29,11 +29,14 @@ __all__ = [
     "NotAvailableError",
     "ProfileError",
     "TierError",
+    "diff",
     "disable",
     "enable",
     "plan",
+    "record",
     "release",
     "report",
+    "trace",
 ]
 
 # `torch.compile(..., backend="alisa")` imports this package through its entry point, which makes this the one place

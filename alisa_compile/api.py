@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from .errors import AlisaError
+from .passes.record import GraphRecord, Stage, recording
 from .runtime.forecast import CHURN_STEPS, Forecast
 from .runtime.plan import Plan
 from .runtime.profile import MachineProfile
-from .runtime.report import COUNTERS, Report, merged
+from .runtime.report import COUNTERS, Report, Validation, merged
 from .runtime.store import TokenStore
 from .runtime.tiers import Tier
+
+if TYPE_CHECKING:  # the tools import this package
+    from .tools.graph_diff import GraphDiff
 
 
 def report(model_or_cache: Any) -> Report:
@@ -71,6 +77,8 @@ def report(model_or_cache: Any) -> Report:
         predicted_ms=() if planned is None else planned.step_ms,
         corrected_ms=() if corrected is None else corrected.step_ms,
         churn=(None if planned is None or churn is None else planned.churn, churn),
+        validation=Validation.of(statistics.validated),
+        bytes_saved=sum(store.bytes_saved for store in stores),
     )
 
 
@@ -135,6 +143,29 @@ def trace(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Non
     from .tools import timeline
 
     return timeline.record(path)
+
+
+def record() -> AbstractContextManager[list[GraphRecord]]:
+    """`with record() as graphs:` collects what the passes do to every graph compiled inside the block, for `diff`."""
+    return recording()
+
+
+def diff(
+    first: fx.GraphModule | Stage | GraphRecord,
+    second: fx.GraphModule | Stage | None = None,
+    *,
+    pass_name: str | None = None,
+    layer: int | None = None,
+) -> GraphDiff:
+    """How two graphs differ, node by node: print it, or take its `.to_dict()`, `.to_html()` or `.to_dot()`.
+
+    first, second: two `torch.fx.GraphModule`s, or two recorded stages; or a GraphRecord of `record()` alone, whose
+    state before all passes is compared with that after them. pass_name: only this pass of the record. layer: only what
+    was traced in this layer of the model.
+    """
+    from .tools import graph_diff
+
+    return graph_diff.diff(first, second, pass_name=pass_name, layer=layer)
 
 
 def release(model: torch.nn.Module) -> None:

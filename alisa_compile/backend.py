@@ -10,20 +10,23 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from . import compat
+from . import channels, compat
 from .config import AlisaConfig
 from .errors import AlisaError
-from .passes import rewrite_static_buffers
+from .passes import pipeline, rewrite_static_buffers
 from .passes.base import example, is_op
-from .passes.pipeline import PIPELINE, run_pipeline
-from .passes.rewrite_attention import APPENDS, DECODES, EXTENDS, READS, site_of
+from .passes.kv_producer import Maker, compile_producers
+from .passes.pipeline import run_pipeline, stage_of
+from .passes.rewrite_attention import APPENDS, DECODES
 from .passes.rewrite_static_buffers import BufferSite
+from .passes.save_hidden import producer_cuts
 from .passes.uuid import FingerprintPass
 from .runtime.buffers import forget_scores, new_scores, scores_of
 from .runtime.report import CompileRow
@@ -40,12 +43,19 @@ def alisa(
     **_ignored: Any,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph. `mode` is Inductor's; `options` are those of `AlisaConfig`."""
-    config = AlisaConfig.from_options(options).require_available()
+    config = AlisaConfig.from_options(options)
+    with channels.published(gm, stage_of(gm), mode, options) as folder:
+        return _compile_graph(gm, example_inputs, config, mode, folder)
+
+
+def _compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], config: AlisaConfig, mode: str | None, folder: Path | None
+) -> CompiledStep:
     started = time.perf_counter()
     gm = compat.copy_graph(gm)
     outcome = run_pipeline(gm, config)
-    steps = _find_steps(gm)
-    stage = _stage(gm)
+    steps = _find_steps(gm, config)
+    stage = stage_of(gm)
     for announce in compile_start_listeners:
         announce(stage)
     logger.info(
@@ -81,7 +91,7 @@ def alisa(
     row = CompileRow(stage, outcome.rewritten, outcome.skipped, seconds)
     for listener in compile_listeners:
         listener(row)
-    return CompiledStep(compiled, steps, sites, row)
+    return CompiledStep(compiled, steps, sites, row, folder)
 
 
 def _wants_gradients(example_inputs: list[Any]) -> bool:
@@ -115,7 +125,8 @@ class StepSite:
     pool: argument index of its pool. layers: the layers appended to; Dynamo may have broken a forward pass into several
     graphs, and a step begins with the first layer and ends with the last. source: where the number of new tokens is
     among the arguments, as (index, None) or (index, dimension); None = it is `constant`. sparse_layers: layers that
-    attend to their working set; the others stay dense.
+    attend to their working set; the others stay dense. makers: by layer, what makes K and V again, of a store that
+    deletes rows.
     """
 
     pool: int
@@ -123,6 +134,7 @@ class StepSite:
     source: tuple[int, int | None] | None
     constant: int
     sparse_layers: int
+    makers: Mapping[int, Maker] = dataclasses.field(default_factory=dict)
 
     def new_tokens(self, args: tuple[Any, ...]) -> int:
         """Tokens that this call appends."""
@@ -145,11 +157,14 @@ class CompiledStep:
         steps: list[StepSite],
         sites: list[BufferSite],
         row: CompileRow,
+        folder: Path | None,
     ) -> None:
         self._compiled = compiled
         self._steps = steps
         self._sites = sites
         self._row = row
+        self._folder = folder
+        self._is_new = True
 
     def __call__(self, *args: Any) -> Any:
         if self._sites:
@@ -162,6 +177,8 @@ class CompiledStep:
             if 0 in step.layers:
                 store.begin_step(new_tokens)
             store.note_sparse_layers(step.sparse_layers)
+            if step.makers and (new_tokens > 1 or store.lacks_producers):
+                store.bind_producers({layer: make(args) for layer, make in step.makers.items()})
             entered.append((store, new_tokens, store.last_layer in step.layers))
         try:
             out = self._compiled(*args)
@@ -176,6 +193,9 @@ class CompiledStep:
             if ends:
                 store.end_step(new_tokens)
             store.statistics.graphs.setdefault(id(self._row), self._row)
+        if self._is_new:
+            self._is_new = False
+            channels.publish_plan([store.statistics.forecast for store, _, _ in entered], self._folder)
         return out
 
     def _buffer_scores(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -193,16 +213,16 @@ def _compile(
 ) -> Callable[..., Any]:
     if config.inner_compiler != "inductor":
         return compat.compile_eager(gm, example_inputs, through_aot=config.inner_compiler == "aot_eager")
-    patches = compat.post_grad_passes_with(_fingerprint())
+    patches = compat.post_grad_passes_with(_fingerprint(pipeline.identity()))
     return compat.compile_inductor(gm, example_inputs, mode, patches)
 
 
-@functools.lru_cache(maxsize=1)
-def _fingerprint() -> FingerprintPass:
-    return FingerprintPass(graph_pass.name for graph_pass in PIPELINE)
+@functools.lru_cache(maxsize=64)
+def _fingerprint(passes: tuple[str, ...]) -> FingerprintPass:
+    return FingerprintPass(passes)
 
 
-def _find_steps(gm: fx.GraphModule) -> list[StepSite]:
+def _find_steps(gm: fx.GraphModule, config: AlisaConfig) -> list[StepSite]:
     """One site for each store that the graph appends to."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     appends: dict[fx.Node, list[fx.Node]] = {}
@@ -218,7 +238,8 @@ def _find_steps(gm: fx.GraphModule) -> list[StepSite]:
         sparse = sum(
             is_op(node, *DECODES) and node.args[1] is pool and node.args[6] is not None for node in gm.graph.nodes
         )
-        sites.append(StepSite(placeholders.index(pool), layers, source, constant, sparse))
+        makers = compile_producers(producer_cuts(gm).get(pool, {}), config.inner_compiler)
+        sites.append(StepSite(placeholders.index(pool), layers, source, constant, sparse, makers))
     return sites
 
 
@@ -238,19 +259,3 @@ def _input_of_size(placeholders: list[fx.Node], size: torch.SymInt, append: fx.N
         got=f"size {wanted} of {append.name}, which is no input of the graph",
         fix="please report this with the model's class; meanwhile use eager mode",
     )
-
-
-def _stage(gm: fx.GraphModule) -> str:
-    """What the graph does: decode, prefill, extend, or other (no AlisaCache in it)."""
-    by_op = {
-        **dict.fromkeys(DECODES, "decode"),
-        torch.ops.alisa.buffer_attention.default: "decode",
-        torch.ops.alisa.prefill_attention.default: "prefill",
-        **dict.fromkeys(EXTENDS, "extend"),
-    }
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in by_op:
-            return by_op[node.target]
-        if is_op(node, *READS):
-            return site_of(node).stage
-    return "other"

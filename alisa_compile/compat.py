@@ -16,6 +16,7 @@ from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging import _internal as torch_logging
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 __all__ = [
@@ -28,20 +29,28 @@ __all__ = [
     "compile_eager",
     "compile_inductor",
     "copy_graph",
+    "cpp_compiler",
+    "disabled_pass",
     "fake_tensors",
     "generous_recompile_limit",
+    "input_source",
     "is_higher_order",
+    "is_tracing_structured",
     "is_written",
     "layer_types_with_moving_rope",
     "load_cpp_library",
     "mark_dynamic",
     "mark_static",
+    "module_source",
     "name_input_source",
     "optimized_module_backend",
     "post_grad_passes_with",
+    "profiler_is_on",
     "schemas_of",
     "storage_id",
     "symbolic_expression",
+    "trace_artifact",
+    "traced_size",
     "without_rope_update",
 ]
 
@@ -137,15 +146,53 @@ def name_input_source(node: fx.Node) -> None:
     node._dynamo_source = LocalSource(node.name)
 
 
+def input_source(node: fx.Node) -> str:
+    """Where the user's code finds an input of a Dynamo graph, as Python; empty if unknown (checked on 2.13)."""
+    source = getattr(node, "_dynamo_source", None)
+    return "" if source is None else str(source.name)
+
+
+def module_source(gm: fx.GraphModule) -> str:
+    """Python that defines this graph as a class `Repro`, with random weights for what it holds (checked on 2.13)."""
+    from torch._dynamo.debug_utils import NNModuleToString
+
+    return str(NNModuleToString.convert(gm))
+
+
 def apply_graph_pass(gm: fx.GraphModule, name: str, run: Callable[[fx.GraphModule], T]) -> T | None:
     """Run a pass under torch's observer: timing, its debug dumps, and TORCHINDUCTOR_DISABLED_PASSES (returns None)."""
     result: T | None = GraphTransformObserver(gm, name, "pre_grad_passes").apply_gm_pass(run)
     return result
 
 
+@contextlib.contextmanager
+def disabled_pass(name: str) -> Iterator[None]:
+    """Inside, what TORCHINDUCTOR_DISABLED_PASSES says, and this pass as well; "" = nothing more (checked on 2.13)."""
+    present = inductor_config.disabled_passes
+    with inductor_config.patch(disabled_passes=f"{present},{name}".strip(",") if name else present):
+        yield
+
+
 def symbolic_expression(value: Any) -> Any:
     """The sympy expression of a SymInt, or the integer itself: two sizes are the same symbol if these are equal."""
     return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def traced_size(value: Any) -> int | None:
+    """What a SymInt was when the graph was traced, or the integer itself; None where the data decides. Asking adds no
+    guard (checked on 2.13)."""
+    known = value.node.hint if isinstance(value, torch.SymInt) else value
+    return None if known is None else int(known)
+
+
+def is_tracing_structured() -> bool:
+    """Whether torch writes its structured trace (`TORCH_TRACE=folder`), which tlparse reads (checked on 2.13)."""
+    return any(isinstance(handler, torch_logging.LazyTraceHandler) for handler in torch_logging.trace_log.handlers)
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], Any]) -> None:
+    """A file among those of the running compilation in tlparse. encoding: `string` or `json` (checked on 2.13)."""
+    torch_logging.trace_structured_artifact(name, encoding, payload)
 
 
 def storage_id(tensor: torch.Tensor) -> int:
@@ -182,6 +229,18 @@ def load_cpp_library(source: str) -> Any:
 
     # Inductor turns both off because it vectorises by itself.
     return Cache.load(source, extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
+
+
+def profiler_is_on() -> bool:
+    """Whether torch.profiler records (checked on 2.13): `record_function` costs microseconds even where it does not."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor would call (checked on 2.13); an error of torch's where none works."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return str(get_cpp_compiler())
 
 
 def without_rope_update(forward: Any) -> Any:

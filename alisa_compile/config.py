@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from .errors import ConfigError, NotAvailableError
+from .errors import ConfigError
 
 POLICIES = ("swa", "dense", "local", "strided", "h2o", "churn")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
@@ -41,8 +41,11 @@ class AlisaConfig:
         They count all that the store keeps, rows, tables, scores and staging.
     disk_path: a folder for the file of the disk tier, which no other process can open; default: that for temporary
         files.
-    recompute: `auto`, `off` or `always` rebuild old rows from saved hidden states; plans only so far.
-    validate: decode steps checked against dense attention; only 0 is available.
+    recompute: what happens to the oldest rows below the device where host and disk are full. `auto`: they are deleted,
+        and rebuilt from saved layer inputs when needed, if those take less memory; `off`: never; `always`: every row
+        that leaves the device. In caches that `generate` of a compiled model allocates, on CPUs.
+    validate: first decode steps of a `generate` that run a second time, dense: the report says how they differ.
+        Needs all K and V on the device once more, until those steps are over.
     inner_compiler: what compiles the rewritten graph: `inductor`, or for debugging `aot_eager` or `eager`.
     """
 
@@ -103,14 +106,6 @@ class AlisaConfig:
             expected="'auto', an integer >= 0, or text such as '6GiB' or '512 MiB'",
         )
 
-    def require_available(self) -> AlisaConfig:
-        """Refuse what only `plan` understands so far; returns the config. Caches and compiled models ask for this."""
-        if self.validate:
-            raise _not_available("validate", self.validate, "leave it at its default (0)")
-        if self.recompute == "always":
-            raise _not_available("recompute", self.recompute, "leave it at 'auto' or set 'off'")
-        return self
-
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None) -> AlisaConfig:
         """Build from `options={...}`; an unknown name is an error that offers the nearest one."""
@@ -154,7 +149,3 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
             expected=f"one of {', '.join(choices)}",
             fix=fix,
         )
-
-
-def _not_available(name: str, value: object, fix: str) -> NotAvailableError:
-    return NotAvailableError(f"option {name!r} is not available yet with this value", got=repr(value), fix=fix)

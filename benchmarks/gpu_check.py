@@ -63,6 +63,7 @@ class Setting:
     layers: int  # of the kernel benchmarks, rotated so that rows come from memory
     repeats: int
     batches: tuple[int, ...]
+    shares: tuple[float, ...]  # of the dense KV bytes, on the device
     opt_batches: tuple[int, ...]
     opt_prompt: int
     opt_new: int
@@ -72,7 +73,7 @@ class Setting:
 
 
 GPU = Setting(
-    torch.device("cuda"), torch.bfloat16, 1 << 30, 32768, 8, 20, (1, 8), (4, 16, 64), 128, 512, 24,
+    torch.device("cuda"), torch.bfloat16, 1 << 30, 32768, 8, 20, (1, 8), (1.0, 0.5, 0.2), (4, 16, 64), 128, 512, 24,
     {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -83,13 +84,13 @@ GPU = Setting(
     },
 )  # fmt: skip
 DRY = Setting(
-    torch.device("cpu"), torch.float32, 1 << 16, 320, 2, 2, (1,), (2,), 200, 12, 6,
+    torch.device("cpu"), torch.float32, 1 << 16, 320, 2, 2, (1,), (1.0, 0.2), (2,), 200, 12, 6,
     {
         "vocab_size": 64, "hidden_size": 128, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
     {
-        "vocab_size": 64, "hidden_size": 128, "ffn_dim": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
+        "vocab_size": 64, "hidden_size": 128, "ffn_dim": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
         "word_embed_proj_dim": 128,
     },
 )  # fmt: skip
@@ -436,7 +437,7 @@ def rows(setting: Setting) -> list[Row]:
     listed.append(Row("selection, one list", 10, select))
     for batch in setting.batches:
         name = f"Llama-3.1-8B shapes, {short} tokens, batch {batch}"
-        for share in (1.0, 0.5, 0.2):
+        for share in setting.shares:
             listed.append(
                 Row(f"{name}: alisa, {share:.0%} of KV on the device", 60,
                     lambda s, b=batch, r=share: ours(s, "llama", r, b, short, new))

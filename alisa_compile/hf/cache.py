@@ -243,9 +243,11 @@ class AlisaCache(Cache):
         kv_shapes: KVShapes | None = None,
         **options: Any,
     ) -> None:
-        self.options = AlisaConfig.from_options(options).require_available()
+        self.options = AlisaConfig.from_options(options)
         self.decoder_config = config.get_text_config(decoder=True)
         self.stores: list[TokenStore] = []
+        # Why rows cannot be rebuilt; None, as `generate` of a compiled model sets it: they can.
+        self.no_recompute: str | None = "only generate() of a compiled model recomputes, in caches that it allocates"
         super().__init__(layers=[])
         self.fit(kv_shapes)
         reason = why_unmanaged(self.decoder_config, self.layers)
@@ -308,10 +310,25 @@ class AlisaCache(Cache):
         from .planning import budgets_of, placer  # which knows this module's layers
 
         budgets = budgets_of(self.decoder_config, shapes, self.options, capacity)
-        places = placer(self.decoder_config, shapes, self.options, budgets)
+        places = placer(self.decoder_config, shapes, self.runnable_options(device), budgets)
         self.adopt([TokenStore(shape, self.options, capacity, p) for shape, p in zip(shapes, places, strict=True)])
         for store in self.stores:
             store.statistics.budget_bytes = budgets.by_tier
+
+    def runnable_options(self, device: torch.device) -> AlisaConfig:
+        """The options, without recomputation where rows cannot be rebuilt."""
+        options, refusal = self.options, self.no_recompute
+        if refusal is None and device.type != "cpu":
+            refusal = f"its rows are on {device}, and recomputation runs on CPUs so far"
+        if refusal is None:
+            return options
+        if options.recompute == "always":
+            raise NotAvailableError(
+                "option 'recompute' is not available yet with this value for this cache",
+                got=f"'always', but {refusal}",
+                fix="leave it at 'auto' or set 'off'",
+            )
+        return dataclasses.replace(options, recompute="off")
 
     def adopt(self, stores: list[TokenStore]) -> None:
         """Use these stores, one per K/V shape, in the order in which the shapes first appear."""

@@ -158,7 +158,7 @@ def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: An
 
 def _new_session(module: Any) -> Session:
     _, kwargs = compat.optimized_module_backend(module)
-    config = AlisaConfig.from_options(kwargs.get("options")).require_available()
+    config = AlisaConfig.from_options(kwargs.get("options"))
     # Dynamo counts recompilations per code object, and remembers sizes and scales by its name to make those that vary
     # unknowns: with a code object and name of its own, a model is compiled as if it were the first of the process.
     model = module._orig_mod
@@ -506,7 +506,8 @@ def _predict(call: _Call, cache: AlisaCache, sequences: int, prompt: int, new_to
     if limits is None or new_tokens < 1:
         return
     budgets = Budgets(**limits, origin=dict.fromkeys(limits, "of the cache"))
-    expected = forecast(call.model, cache.options, sequences, prompt, new_tokens, budgets)
+    options = cache.runnable_options(call.model.device)
+    expected = forecast(call.model, options, sequences, prompt, new_tokens, budgets)
     for store in cache.stores:
         store.statistics.forecast = expected
 
@@ -578,6 +579,7 @@ def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
     """A new cache, on the storage of the previous call if nobody holds that any more and it fits."""
     model, session = call.model, call.session
     cache = AlisaCache(model.config, kv_shapes=session.kv_shapes, **dataclasses.asdict(session.config))
+    cache.no_recompute = _why_no_recompute(session)
     with _lock:  # two threads must not take the same storage
         _sweep(session)
         stores, session.stores = session.stores, []
@@ -595,6 +597,11 @@ def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
     for store in cache.stores:
         store.statistics.graphs = session.graphs
     return cache
+
+
+def _why_no_recompute(session: Session) -> str | None:
+    """Why K and V of this model's old tokens cannot be rebuilt; None = they can, as far as its graphs allow."""
+    return "its rotary frequencies change with the length of the context" if session.ropes else None
 
 
 def _sweep(session: Session) -> None:
@@ -622,6 +629,7 @@ def _check_given(call: _Call, cache: AlisaCache, sequences: int, capacity: int) 
             fix="build it as AlisaCache(model.config, ...) from this model",
         )
     if not cache.is_allocated:
+        cache.no_recompute = _why_no_recompute(call.session)
         cache.allocate(sequences, capacity=capacity, dtype=model.dtype, device=model.device)
         return False
     held = cache.stores[0].shape.batch_size

@@ -139,15 +139,14 @@ def forecast(
     except _PLANNING_ERRORS as error:
         logger.warning("no step times are predicted for the report: %s", error)
         return None
-    run = dataclasses.replace(config, recompute="off")  # what can be run
-    selection = selection_spec(run)
+    selection = selection_spec(config)
 
     def make(churn: float | None) -> Plan | None:
         given = profile
         if churn is not None and selection is not None:
             given = dataclasses.replace(profile, churn={**profile.churn, selection.rank: churn})
         try:
-            return make_plan(shape, run, budgets, given, prompt_length=prompt_length, max_new_tokens=max_new_tokens)
+            return make_plan(shape, config, budgets, given, prompt_length=prompt_length, max_new_tokens=max_new_tokens)
         except _PLANNING_ERRORS as error:
             logger.warning("no step times are predicted for the report: %s", error)
             return None

@@ -10,13 +10,17 @@ from __future__ import annotations
 # of that name to read its version. Registering the ops a second time would break both.
 if __name__ == "alisa_compile.kernels":
     from . import (
+        assign_slots,
         buffer_attention,
+        copy_rows,
         extend_attention,
         gather_rows,
+        hidden_append,
         kv_append,
         kv_offload,
         kv_prefetch,
         kv_read,
+        kv_recompute,
         kv_select,
         kv_wait,
         prefill_attention,
@@ -26,13 +30,17 @@ if __name__ == "alisa_compile.kernels":
     )
 
 __all__ = [
+    "assign_slots",
     "buffer_attention",
+    "copy_rows",
     "extend_attention",
     "gather_rows",
+    "hidden_append",
     "kv_append",
     "kv_offload",
     "kv_prefetch",
     "kv_read",
+    "kv_recompute",
     "kv_select",
     "kv_wait",
     "prefill_attention",

@@ -69,6 +69,19 @@ def tiers_calls() -> dict[str, Callable[[int], bytes | None]]:
     return calls
 
 
+def interval_calls() -> tuple[Callable[[int], None], Callable[[Any, int], int]] | None:
+    """The functions of `tiers.cpp` that keep and hand over intervals; None while the kernels do not serve.
+
+    The first takes 1 to start and 0 to end; the second a pointer to int64 `[N, 6]` and N, and returns how many came.
+    """
+    if _library is None:
+        return None
+    record, recorded = _library.alisa_tiers_record, _library.alisa_tiers_recorded
+    record.argtypes, record.restype = [ctypes.c_int64], None
+    recorded.argtypes, recorded.restype = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int64], ctypes.c_int64
+    return record, recorded
+
+
 def native_source() -> str:
     """The C++ of all kernels as one text: the compile cache is keyed by the text, and would not see included files."""
     seen: set[Path] = set()

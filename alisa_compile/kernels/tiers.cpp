@@ -7,11 +7,10 @@ namespace {
 // Its op: the other calls name a state by number alone, and come from `ctypes`.
 void tiers_open(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const int64_t number = arguments.integer();
   auto state = std::make_shared<Tiers>(arguments);
   Registry& all = registry();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.states.emplace(number, std::move(state));
+  all.states.emplace(state->number, state);
 }
 
 // `TierState.stage`: rows of the positions [first, end) to staging, of one (sequence, group) after the other.
@@ -83,4 +82,18 @@ extern "C" const char* alisa_tiers_close(int64_t number) {
     all.states.erase(found);
   }
   return nullptr;  // the state goes here, without the lock: freeing a tensor may enter Python, and Python this function
+}
+
+// Starts (1) or ends (0) the keeping of intervals.
+extern "C" void alisa_tiers_record(int64_t on) { recording.store(on != 0, std::memory_order_relaxed); }
+
+// Moves at most `room` of the kept intervals to `out [room, 6]`, the oldest first; how many those were.
+extern "C" int64_t alisa_tiers_recorded(int64_t* out, int64_t room) {
+  static_assert(sizeof(Interval) == 6 * sizeof(int64_t), "an interval is six integers");
+  Intervals& all = intervals();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const int64_t count = std::min<int64_t>(room, all.kept.size());
+  for (int64_t i = 0; i < count; ++i) std::memcpy(out + 6 * i, &all.kept[i], sizeof(Interval));
+  all.kept.erase(all.kept.begin(), all.kept.begin() + count);
+  return count;
 }

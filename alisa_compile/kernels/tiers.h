@@ -34,6 +34,36 @@ enum class Way { kDown, kUp, kLost, kThrough, kFetch };  // device to host and b
 // Places in `traffic`, as in tiers.py.
 enum Traffic { kDeviceToHost, kHostToDevice, kDiskWrite, kDiskRead, kStall, kDiskStall, kRowsMissed, kTrafficPlaces };
 
+// For a timeline: how long copies of one way, one after the other, have taken, or an op has waited for a job. Times are
+// those of Python's time.perf_counter_ns. Nothing is kept unless someone records: an op then only looks at `recording`.
+struct Interval {
+  int64_t begin, end, kind, bytes, layer, store;  // kind: a Way, or one of those below
+};
+constexpr int64_t kHostWait = 5, kDiskWait = 6;
+static_assert(kHostWait == static_cast<int64_t>(Way::kFetch) + 1, "the kinds of tiers.py");
+
+std::atomic<bool> recording{false};
+
+// Of all stores. Never destroyed: threads may still run while the process ends.
+struct Intervals {
+  std::mutex mutex;
+  std::deque<Interval> kept;
+
+  void add(const Interval& interval) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    kept.push_back(interval);
+  }
+};
+
+Intervals& intervals() {
+  static Intervals* const all = new Intervals;
+  return *all;
+}
+
+int64_t nanoseconds(std::chrono::steady_clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+}
+
 // Copies to make in this order, neighbours merged.
 struct Job {
   struct Step {
@@ -47,6 +77,7 @@ struct Job {
   std::vector<Step> steps;
   std::vector<iovec> memory;
   int64_t bytes = 0;
+  int64_t layer = 0;  // that asked for them
   bool disk = false;
 
   void clear() {
@@ -120,8 +151,8 @@ Job& empty_job() {
 // each has entries of its own while the other may write; every other member belongs to the calling thread.
 class Tiers {
  public:
-  Tiers(Arguments& arguments)
-      : pool_(arguments.tensor()), scales_(arguments.optional_tensor()), host_(arguments.tensor()),
+  explicit Tiers(Arguments& arguments)
+      : number(arguments.integer()), pool_(arguments.tensor()), scales_(arguments.optional_tensor()), host_(arguments.tensor()),
         host_scales_(arguments.optional_tensor()), owner_(arguments.tensor()), below_(arguments.tensor()),
         on_disk_(arguments.tensor()), home_(arguments.tensor()), traffic_(arguments.tensor()),
         misses_(arguments.tensor()), staging_(arguments.tensor()), staging_scales_(arguments.optional_tensor()),
@@ -198,6 +229,7 @@ class Tiers {
   // Write the rows of the positions [below, end) of a layer, and note it. table: `[B, G, capacity]` of the layer.
   void down(Job& job, const Device& device, const int32_t* table, int64_t capacity, int64_t layer, int64_t end) {
     require(disk_ >= 0 || end <= ring_, "alisa: the plan has no disk, and the host is full");
+    job.layer = layer;
     int64_t &below = this->below(layer), &on_disk = this->on_disk(layer);
     auto each = [&](int64_t first, int64_t stop, const auto& body) {
       for (int64_t list = 0; list < batch * groups; ++list) {
@@ -240,6 +272,7 @@ class Tiers {
 
   // Fetch rows from below into slots of the device.
   void up(Job& job, const Device& device, int64_t layer, const std::vector<Entry>& entries) const {
+    job.layer = layer;
     const int64_t on_disk = this->on_disk(layer);
     for (int part = 0; part < parts_; ++part) {
       for (const Entry& entry : entries) {
@@ -284,7 +317,29 @@ class Tiers {
 
   // Make the copies of a job, and count their bytes in `traffic`; what went wrong, or "".
   std::string execute(Job& job, int64_t* traffic) const {
-    for (const Job::Step& step : job.steps) {
+    const size_t count = job.steps.size();
+    if (!recording.load(std::memory_order_relaxed)) return copy(job, 0, count, traffic);
+    std::string failure;
+    for (size_t first = 0, last; first < count && failure.empty(); first = last) {
+      const Way way = job.steps[first].way;
+      for (last = first + 1; last < count && job.steps[last].way == way;) ++last;
+      const int64_t& copied = traffic[way == Way::kDown    ? kDeviceToHost
+                                      : way == Way::kUp    ? kHostToDevice
+                                      : way == Way::kFetch ? kDiskRead
+                                                           : kDiskWrite];
+      const int64_t before = copied;
+      const auto begin = std::chrono::steady_clock::now();
+      failure = copy(job, first, last, traffic);
+      const auto end = std::chrono::steady_clock::now();
+      intervals().add({nanoseconds(begin), nanoseconds(end), static_cast<int64_t>(way), copied - before, job.layer, number});
+    }
+    return failure;
+  }
+
+  // The copies [first, last) of a job.
+  std::string copy(Job& job, size_t first, size_t last, int64_t* traffic) const {
+    for (size_t i = first; i < last; ++i) {
+      const Job::Step& step = job.steps[i];
       if (step.way == Way::kDown || step.way == Way::kUp) {
         std::memcpy(step.to, step.from, step.bytes);
       } else {
@@ -315,9 +370,13 @@ class Tiers {
       while (completed_.load(std::memory_order_relaxed) < number) {
         const int64_t ended = completed_.load(std::memory_order_relaxed);
         const bool disk = jobs_.front().disk;  // it stays there until it has ended
+        const int64_t layer = jobs_.front().layer;
         done_.wait(lock, [&] { return completed_.load(std::memory_order_relaxed) > ended; });
         const auto now = std::chrono::steady_clock::now();
         const int64_t passed = std::chrono::duration_cast<std::chrono::nanoseconds>(now - before).count();
+        if (recording.load(std::memory_order_relaxed)) {
+          intervals().add({nanoseconds(before), nanoseconds(now), disk ? kDiskWait : kHostWait, 0, layer, number});
+        }
         before = now;
         blocked += passed;
         if (disk) on_disk += passed;
@@ -351,6 +410,7 @@ class Tiers {
   }
 
   int64_t batch = 0;
+  const int64_t number;  // of the state, as in the ticket
 
  private:
   char* host(int part) const { return part == 0 ? host_.data<char>() : host_scales_.data<char>(); }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard
+from types import TracebackType
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx
@@ -15,6 +17,7 @@ from torch import fx
 from .. import compat
 from ..config import AlisaConfig
 from ..runtime.report import SkipRow
+from . import fuel, record
 
 
 @dataclasses.dataclass
@@ -25,6 +28,39 @@ class PassResult:
     rewritten: int = 0
     skipped: list[SkipRow] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    rewrites: list[record.Rewrite] = dataclasses.field(default_factory=list)  # none where nobody asks for records
+    is_recorded: bool = dataclasses.field(default_factory=record.is_wanted)
+
+    def rewrite(self, graph: fx.Graph, rule: str, layer: int | None) -> RewriteScope:
+        """`with result.rewrite(...):` around the edits of one rewrite, which has been checked before.
+
+        Raises `Refusal` when the fuel is used up. The graph must be whole again at the end of the block.
+        """
+        number = fuel.take()
+        if number is None:
+            raise Refusal(fuel.OUT_OF_FUEL)
+        return RewriteScope(self, graph, number, rule, layer)
+
+
+class RewriteScope:
+    """Counts one rewrite, and records it if somebody asks for records."""
+
+    def __init__(self, result: PassResult, graph: fx.Graph, number: int, rule: str, layer: int | None) -> None:
+        self._result, self._number, self._rule, self._layer = result, number, rule, layer
+        self._watch = record.Watch(graph) if result.is_recorded else None
+
+    def __enter__(self) -> None:
+        if self._watch is not None:
+            self._source = record.rule_source(sys._getframe(1))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            return
+        self._result.rewritten += 1
+        if self._watch is not None:
+            matched, replaced = self._watch.changes()
+            rewrite = record.Rewrite(self._number, self._rule, self._layer, self._source, matched, replaced)
+            self._result.rewrites.append(rewrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +106,10 @@ def kv_origins(node: fx.Node) -> list[fx.Node]:
     return [operand.all_input_nodes[0] if is_call(operand, "getitem") else operand for operand in operands]
 
 
-def model_layer(node: fx.Node, otherwise: int) -> int:
+T = TypeVar("T")
+
+
+def model_layer(node: fx.Node, otherwise: T) -> int | T:
     """The number of the model's layer that a node was traced in, by its module's name (`model.layers.3.self_attn`)."""
     for name, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
         numbers = re.findall(r"\.(\d+)(?=\.|$)", name)

@@ -67,8 +67,8 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
             match = _match(node, writes)
             if read is None:
                 raise Refusal("its K and V do not come from an AlisaCache")
-            _replace(gm.graph, node, match)
-            result.rewritten += 1
+            with result.rewrite(gm.graph, "eager attention", model_layer(node, site_of(read).layer)):
+                _replace(gm.graph, node, match)
         except Refusal as refusal:
             layer = None if read is None else model_layer(node, site_of(read).layer)
             result.skipped.append(SkipRow(node.name, layer, str(refusal)))

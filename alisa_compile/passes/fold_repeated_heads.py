@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx
 
 from ..config import AlisaConfig
-from .base import PassResult, Writes, attention_nodes, example, is_call
+from ..runtime.report import SkipRow
+from .base import PassResult, Refusal, Writes, attention_nodes, example, is_call, model_layer
 
 
 def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
@@ -25,9 +26,13 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
             continue
         if example(node.args[0]).shape[1] != example(node.args[1]).shape[1]:
             continue  # one query head broadcast over all
-        node.args = (node.args[0], key, value, *node.args[3:])
-        node.kwargs = {**node.kwargs, "enable_gqa": True}
-        result.rewritten += 1
+        layer = model_layer(node, None)
+        try:
+            with result.rewrite(gm.graph, "repeated heads", layer):
+                node.args = (node.args[0], key, value, *node.args[3:])
+                node.kwargs = {**node.kwargs, "enable_gqa": True}
+        except Refusal as refusal:
+            result.skipped.append(SkipRow(node.name, layer, str(refusal)))
     return result
 
 

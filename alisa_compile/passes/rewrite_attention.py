@@ -3,8 +3,9 @@
 Before: kv_append -> kv_read -> scaled_dot_product_attention with a mask. After, by the stage that `kv_read` carries:
 decode: kv_append -> swa_attention -> kv_select; prefill: kv_append -> prefill_attention -> kv_seed; extend (several
 tokens on a history): kv_append -> extend_attention -> kv_seed. Without sparsity nothing is scored or selected. Where
-the rows of a store do not all fit the device: kv_wait before the append, kv_offload -> kv_prefetch at the end. The mask
-and the dense read are left without users and disappear.
+the rows of a store do not all fit the device: kv_wait before the append, kv_offload -> kv_prefetch at the end; where it
+deletes rows, kv_offload -> kv_prefetch -> kv_recompute. The mask and the dense read are left without users and
+disappear.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from .causal_mask import CausalMask, prove_causal
 
 ops = torch.ops.alisa
 
-READS = (ops.kv_read.default, ops.kv_read.tiered)
+READS = (ops.kv_read.default, ops.kv_read.tiered, ops.kv_read.recomputing)
 APPENDS = (ops.kv_append.default, ops.kv_append.tiered)
-DECODES = (ops.swa_attention.default, ops.swa_attention.tiered)
+DECODES = (ops.swa_attention.default, ops.swa_attention.tiered, ops.swa_attention.recomputing)
 EXTENDS = (ops.extend_attention.default, ops.extend_attention.tiered)
 
 # Position of each argument in the schemas of kv_append and kv_read (see kernels/).
@@ -67,6 +68,7 @@ class ReadSite:
     spec: str
     padded: bool
     ticket: fx.Node | None = None  # of a store whose rows do not all fit the device
+    hidden_size: int = 0  # of a store that deletes rows
 
 
 def site_of(read: fx.Node) -> ReadSite:
@@ -92,20 +94,10 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
                 raise Refusal("another layer attends to its rows of the cache first, and selects the coming step's")
             append = _append_of(gm, site)
             padding = _check(node, site, append, writes)
-            if site.padded:
-                if paddings.setdefault(site.valid, padding) is not padding:
-                    raise Refusal("its mask has another padding mask than that of the layers before")
-                if padding is not None and not any(a.args[_APPEND_MASK] for a in _appends(gm, site.valid)):
-                    append.update_arg(_APPEND_MASK, padding)
-            if site.ticket is not None:
-                with gm.graph.inserting_before(append):
-                    wait = (site.pool, site.ticket, site.key, site.layer)
-                    insert_call(gm.graph, ops.kv_wait.default, wait, node)
-            with gm.graph.inserting_before(node):
-                out = _emit(gm.graph, node, site, padding)
-            node.replace_all_uses_with(out)
-            gm.graph.erase_node(node)
-            result.rewritten += 1
+            if site.padded and paddings.setdefault(site.valid, padding) is not padding:
+                raise Refusal("its mask has another padding mask than that of the layers before")
+            with result.rewrite(gm.graph, f"{site.stage} attention", layer):
+                _replace(gm, node, site, append, padding)
             if site.spec or site.ticket is not None:
                 selected.add(read)
         except Refusal as refusal:
@@ -223,6 +215,18 @@ def _check_offset(proved: CausalMask, site: ReadSite) -> None:
         raise Refusal("its mask counts positions from something else than the cache's length")
 
 
+def _replace(gm: fx.GraphModule, node: fx.Node, site: ReadSite, append: fx.Node, padding: fx.Node | None) -> None:
+    if padding is not None and not any(a.args[_APPEND_MASK] for a in _appends(gm, site.valid)):
+        append.update_arg(_APPEND_MASK, padding)
+    if site.ticket is not None and not site.hidden_size:
+        with gm.graph.inserting_before(append):
+            insert_call(gm.graph, ops.kv_wait.default, (site.pool, site.ticket, site.key, site.layer), node)
+    with gm.graph.inserting_before(node):
+        out = _emit(gm.graph, node, site, padding)
+    node.replace_all_uses_with(out)
+    gm.graph.erase_node(node)
+
+
 def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | None) -> fx.Node:
     query = node.args[0]
     assert isinstance(query, fx.Node)
@@ -240,6 +244,7 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
     ticket = (site.ticket,) if tiered else ()
     if site.stage == "decode":
         decode = ops.swa_attention.tiered if tiered else ops.swa_attention.default
+        decode = ops.swa_attention.recomputing if site.hidden_size else decode
         both = call(decode, *stored, scale, *ticket)
     elif site.stage == "prefill":
         both = call(ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale)
@@ -259,6 +264,11 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
             call(ops.kv_seed.default, *state, new_tokens, site.layer, site.spec)
     if tiered:
         rows = (site.pool, site.scales, site.table, site.length)
-        call(ops.kv_offload.default, *rows, site.ticket, site.layer, site.spec)
-        call(ops.kv_prefetch.default, *rows, site.rows, site.counts, site.ticket, site.layer)
+        offload, prefetch = ops.kv_offload.default, ops.kv_prefetch.default
+        if site.hidden_size:
+            offload, prefetch = ops.kv_offload.recomputing, ops.kv_prefetch.recomputing
+        call(offload, *rows, site.ticket, site.layer, site.spec)
+        call(prefetch, *rows, site.rows, site.counts, site.ticket, site.layer)
+        if site.hidden_size:
+            call(ops.kv_recompute.default, site.pool, site.scales, site.ticket, site.layer)
     return out

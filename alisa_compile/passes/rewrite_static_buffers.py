@@ -29,6 +29,7 @@ from .base import (
     is_call,
     is_op,
     kv_origins,
+    model_layer,
 )
 
 _WRITES = ("setitem", "index_copy_", "copy_", "index_put_", "scatter_", "slice_scatter")
@@ -70,8 +71,8 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
                 found.append(BufferSite(_argument_index(gm, key), None, score_dtype(example(key).dtype)))
                 raise Refusal("it fills a static buffer with several tokens, which is dense at any sparsity")
             mask = _mask(node)
-            found.append(_rewrite(gm, node, key, value, mask, config, len(found)))
-            result.rewritten += 1
+            with result.rewrite(gm.graph, "static buffer", model_layer(node, None)):
+                found.append(_rewrite(gm, node, key, value, mask, config, len(found)))
         except Refusal as refusal:
             result.skipped.append(SkipRow(node.name, None, str(refusal)))
     gm.meta[_META] = found

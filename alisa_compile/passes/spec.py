@@ -21,8 +21,9 @@ _MASS = 3  # argument of the scoring ops
 _LENGTH_AND_LAYER = {  # arguments that say which store and which of its layers
     **dict.fromkeys(APPENDS, (3, 10)),
     **dict.fromkeys(_STORED, (4, 8)),
-    ops.kv_offload.default: (3, 5),
-    ops.kv_prefetch.default: (3, 7),
+    **dict.fromkeys((ops.kv_offload.default, ops.kv_offload.recomputing), (3, 5)),
+    **dict.fromkeys((ops.kv_prefetch.default, ops.kv_prefetch.recomputing), (3, 7)),
+    ops.hidden_append.default: (2, 4),
     ops.kv_select.default: (4, 7),
     ops.kv_seed.default: (4, 8),
 }
@@ -37,6 +38,8 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
     4. Selection follows attention exactly where rows are selected; without sparsity the graph only appends and attends.
     5. In a store with tiers each rewritten layer waits once, before its append, and after its attention and selection
        starts one offload, then one prefetch. No other store waits or moves anything.
+    6. In a store that deletes rows each append follows one save of its layer's input, and each rewritten layer ends
+       with one offload, prefetch and recomputation, and waits for nothing.
     """
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and str(n.target).startswith("alisa.")]
@@ -53,6 +56,7 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
         raise GraphError(f"{dense[0].name} is used although no attention was skipped")
     _check_scoring(nodes)
     _check_movement(nodes, order)
+    _check_recomputation(nodes, order)
 
 
 def _site(node: fx.Node) -> tuple[object, object]:
@@ -120,3 +124,35 @@ def _check_movement(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
                 f"transfers of layer {site[1]} are out of order",
                 expected="wait, append, attention, selection, offload, prefetch",
             )
+
+
+def _check_recomputation(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
+    appends = {_site(n): n for n in nodes if is_op(n, *APPENDS)}
+    saves = [n for n in nodes if is_op(n, ops.hidden_append.default)]
+    for node in saves:
+        append = appends.pop(_site(node), None)
+        if append is None or order[node] > order[append]:
+            raise GraphError(f"{node.name} does not come once before an append to layer {_site(node)[1]}")
+    saved = {_site(n) for n in saves}
+    for node in [n for n in nodes if is_op(n, ops.kv_offload.recomputing)]:
+        if _site(node) not in saved:
+            raise GraphError(f"{node.name} deletes rows of layer {_site(node)[1]} whose inputs are not saved")
+    deleting: set[object] = {n.args[15] for n in nodes if is_op(n, ops.kv_read.recomputing)}
+    # Each with the places of its ticket and layer among the arguments.
+    moves = ((ops.kv_offload.recomputing, 4, 5), (ops.kv_prefetch.recomputing, 6, 7), (ops.kv_recompute.default, 2, 3))
+    before: dict[tuple[object, object], int] | None = None
+    for op, ticket, layer in moves:
+        found = [n for n in nodes if is_op(n, op)]
+        places: dict[tuple[object, object], int] = {(n.args[ticket], n.args[layer]): order[n] for n in found}
+        if len(places) != len(found) or (before is not None and places.keys() != before.keys()):
+            raise GraphError(f"{op} does not come once for each layer", got=len(found), expected=len(before or places))
+        for key, place in places.items():
+            if before is not None and place < before[key]:
+                raise GraphError(
+                    f"transfers of layer {key[1]} are out of order", expected="offload, prefetch, recomputation"
+                )
+        before = places
+        deleting |= {key[0] for key in places}
+    for node in [n for n in nodes if is_op(n, ops.kv_wait.default)]:
+        if node.args[1] in deleting:
+            raise GraphError(f"{node.name} waits in a store whose transfers end where they start")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import fx
@@ -27,6 +27,19 @@ def package_fingerprint(root: Path = _PACKAGE, extra: Iterable[str] = ()) -> str
     for text in extra:
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()
+
+
+def source_digest(function: Callable[..., object]) -> str:
+    """SHA-256 of the file that defines a function; its code and constants where there is no file. Empty for functions
+    of this package, which `package_fingerprint` covers."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return repr(function)
+    path = Path(code.co_filename)
+    if path.is_relative_to(_PACKAGE):
+        return ""
+    content = path.read_bytes() if path.is_file() else code.co_code + repr(code.co_consts).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 class FingerprintPass(CustomGraphPass):

@@ -14,7 +14,7 @@ from ..errors import TierError
 
 logger = logging.getLogger(__name__)
 
-_IN_MEMORY = ("tmpfs", "ramfs")
+IN_MEMORY = ("tmpfs", "ramfs")
 
 
 class DiskFile:
@@ -108,7 +108,7 @@ class DiskFile:
 def _warn_of_memory(folder: str) -> None:
     """Say it, once, if a folder's files take the memory that the disk tier is to save."""
     kind = file_system(folder)
-    if kind in _IN_MEMORY:
+    if kind in IN_MEMORY:
         logger.warning(
             "the disk tier is in memory, not on a disk: %s is on a %s; set disk_path to a folder on a disk",
             folder,

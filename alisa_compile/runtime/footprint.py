@@ -58,14 +58,32 @@ def store_bytes(
         # Of each layer: its place in the ticket, how much is below, how much is on disk, what was missed.
         numbers = 4 * shape.num_layers + 1 + shape.batch_size + TRAFFIC_PLACES
         kinds["movement"] = numbers * torch.int64.itemsize
+        kinds["movement"] += deletion_bytes(shape, capacity) if sizes.deleted else 0
         kinds["staging"] = layer_bytes(shape, config) * sizes.staging
     return kinds
 
 
-def fixed_bytes(shape: StoreShape, config: AlisaConfig, capacity: int, *, tiered: bool = False) -> int:
+def fixed_bytes(
+    shape: StoreShape, config: AlisaConfig, capacity: int, *, tiered: bool = False, deletes: bool = False
+) -> int:
     """Bytes on the device that do not depend on how many rows are there: tables, scores and working sets."""
-    kinds = store_bytes(shape, config, capacity, TierSizes(0, 0, 0, 0) if tiered else None)
+    kinds = store_bytes(shape, config, capacity, TierSizes(0, 0, 0, 0, deleted=int(deletes)) if tiered else None)
     return sum(count for kind, count in kinds.items() if kind not in ("rows", "scales"))
+
+
+def hidden_bytes(shape: StoreShape, config: AlisaConfig, hidden_size: int) -> int:
+    """Bytes on the host of the layer inputs of one token position, in all layers and sequences of a store.
+
+    int8 with one scale if rows are int8.
+    """
+    row = hidden_size + 4 if config.kv_dtype == "int8" else hidden_size * shape.dtype.itemsize
+    return shape.num_layers * shape.batch_size * row
+
+
+def deletion_bytes(shape: StoreShape, capacity: int) -> int:
+    """Bytes that a store which deletes rows keeps about them: the model's position of each token, and by layer how many
+    layer inputs are saved and how many rows deleted."""
+    return shape.batch_size * capacity * torch.int32.itemsize + 2 * shape.num_layers * torch.int64.itemsize
 
 
 def layer_bytes(shape: StoreShape, config: AlisaConfig) -> int:
@@ -79,7 +97,10 @@ def tier_bytes(shape: StoreShape, config: AlisaConfig, capacity: int, sizes: Tie
     if sizes is None:
         return {"device": device}
     position = position_bytes(shape, config)
-    return {"device": device, "host": position * sizes.host, "disk": position * sizes.disk}
+    host = position * sizes.host
+    if sizes.deleted:
+        host += hidden_bytes(shape, config, sizes.hidden_size) * sizes.deleted
+    return {"device": device, "host": host, "disk": position * sizes.disk}
 
 
 def _lists(shape: StoreShape, config: AlisaConfig) -> int:

@@ -16,7 +16,8 @@ from ..errors import ConfigError, InfeasibleError
 from ..kernels.selection import SelectionSpec
 from ..kernels.tiers import first_recent
 from .budgets import Budgets, format_bytes
-from .footprint import fixed_bytes, layer_bytes, owner_bytes, position_bytes
+from .cut import Machine, distinct_cuts, layer_tensors
+from .footprint import fixed_bytes, hidden_bytes, layer_bytes, owner_bytes, position_bytes
 from .planner import Below, Ints, Links, Problem, Timeline, search, timeline
 from .policies import selection_spec
 from .profile import Floats, MachineProfile, Table
@@ -173,8 +174,8 @@ def make_plan(
         raise ConfigError("the objective is unknown", got=repr(objective), expected=f"one of {', '.join(OBJECTIVES)}")
     demand = Demand(model, config, prompt_length, max_new_tokens)
     tokens = f"{prompt_length} + {max_new_tokens} tokens"
-    placement = demand.place(budgets.device)
-    if placement is None or not demand.is_feasible(budgets.device, budgets.host, budgets.disk):
+    placement = demand.placement(budgets.device, budgets.host, budgets.disk)
+    if placement is None:
         raise _infeasible(demand, budgets, tokens)
     problem = _problem(demand, placement, budgets, profile, objective)
     choice = search(problem)
@@ -187,28 +188,26 @@ def make_plan(
 def tier_sizes(model: ModelShape, config: AlisaConfig, budgets: Budgets, capacity: int) -> TierSizes | None:
     """Positions that each tier holds for stores of `capacity` positions; None = everything fits the device.
 
-    The same for all stores of the model, so that together they keep each budget. Nothing is deleted and rebuilt here:
-    a plan that needs it cannot be run. `InfeasibleError` as for `make_plan`.
+    The same for all stores of the model, so that together they keep each budget. With `recompute="auto"` no more is
+    deleted than must be. `InfeasibleError` as for `make_plan`.
     """
-    run = dataclasses.replace(config, max_length=None, recompute="off")
+    run = dataclasses.replace(config, max_length=None)
     demand = Demand(model, run, capacity - 1, 1)
-    placement = demand.place(budgets.device)
-    if placement is not None and placement.positions == capacity:
-        return None
-    sizes = None if placement is None else demand.sizes(placement, budgets)
-    if sizes is None:
+    placement = demand.placement(budgets.device, budgets.host, budgets.disk)
+    if placement is None:
         raise _infeasible(demand, budgets, f"{capacity} tokens")
-    return sizes
+    return None if placement.positions == capacity else demand.sizes(placement, budgets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Positions that the device has slots for (all, or fewer and the coming one's among them), and the cap on working
-    sets that this forces; None = none.
+    sets that this forces; None = none. deletes: host and disk are too small for the others, so that rows are deleted.
     """
 
     positions: int
     cap: int | None
+    deletes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,10 +236,8 @@ class Demand:
 
     @property
     def hidden(self) -> int:
-        """Bytes of the layer inputs from which one position's K and V are rebuilt; int8 with one scale if K is."""
-        dtype = self.model.stores[0].dtype
-        row = self.model.hidden_size * dtype.itemsize if self.config.kv_dtype != "int8" else self.model.hidden_size + 4
-        return self.model.layers * self.model.batch_size * row
+        """Bytes from which one position's K and V are rebuilt, in all layers and sequences."""
+        return sum(hidden_bytes(store, self.config, self.model.hidden_size) for store in self.model.stores)
 
     @property
     def slot(self) -> int:
@@ -270,35 +267,49 @@ class Demand:
     def _capped(self, cap: int | None) -> AlisaConfig:
         return self.config if cap is None else dataclasses.replace(self.config, max_rows=cap)
 
-    def fixed(self, cap: int | None, *, tiered: bool = True) -> int:
+    def fixed(self, cap: int | None, *, tiered: bool = True, deletes: bool = False) -> int:
         """Bytes of tables, scores and working sets, which stay on the device. tiered: where not all rows do."""
-        stores = self.model.stores
-        return sum(fixed_bytes(store, self._capped(cap), self.capacity, tiered=tiered) for store in stores)
+        config = self._capped(cap)
+        return sum(
+            fixed_bytes(store, config, self.capacity, tiered=tiered, deletes=deletes) for store in self.model.stores
+        )
 
     def needed(self, cap: int | None) -> int:
         """Positions that have to be on the device at once: the working sets; a dense step streams, all but its own."""
         selection = self.selection(cap)
         return 1 if selection is None else selection.rows_capacity(self.capacity)
 
-    def place(self, budget: int) -> Placement | None:
+    def placement(self, device: int, host: int, disk: int) -> Placement | None:
+        """What the device holds where these budgets suffice, with rows deleted only if they must be; None = never."""
+        for deletes in (False, True) if self.may_recompute else (False,):
+            placement = self.place(device, deletes=deletes)
+            if placement is None:
+                continue
+            below, room = self.below(placement), Below(self.kv, self.hidden, host, disk)
+            must = self.config.recompute == "always" and below > 0
+            if room.feasible(below, True, must) if deletes else room.feasible(below, False, False) and not must:
+                return placement
+        return None
+
+    def place(self, budget: int, *, deletes: bool = False) -> Placement | None:
         """What a device budget holds; None = too little for any step."""
         if self.fixed(None, tiered=False) + self.kv * self.capacity <= budget:
             return Placement(self.capacity, None)
 
         def room(cap: int | None) -> int:
-            return (budget - self.fixed(cap) - self.staging) // self.slot
+            return (budget - self.fixed(cap, deletes=deletes) - self.staging) // self.slot
 
         def works(cap: int | None) -> bool:
             return room(cap) >= self.needed(cap)
 
         if works(None):
-            return Placement(room(None), None)
+            return Placement(room(None), None, deletes)
         if self.config.max_rows != "auto" or self.config.paper or not self.config.is_sparse:
             return None
         if not works(_SMALLEST_CAP):
             return None
         cap = _largest(works, _SMALLEST_CAP, self.needed(None))
-        return Placement(room(cap), cap)
+        return Placement(room(cap), cap, deletes)
 
     def below(self, placement: Placement) -> int:
         """Most positions that are ever below the device; the store fills before it grows."""
@@ -307,21 +318,22 @@ class Demand:
         selection = self.selection(placement.cap)
         return first_recent(self.capacity, placement.positions, "" if selection is None else selection.encode(), 0)
 
-    def sizes(self, placement: Placement, budgets: Budgets) -> TierSizes | None:
-        """What the tiers hold where nothing is deleted; None = it does not fit the host and the disk."""
-        below = self.below(placement)
-        host = min(below, budgets.host // self.kv)
-        if (below - host) * self.kv > budgets.disk:
-            return None
-        return TierSizes(placement.positions, host, below - host, self.staged, placement.cap)
+    def sizes(self, placement: Placement, budgets: Budgets) -> TierSizes:
+        """What the tiers hold, with as few positions deleted as possible."""
+        device, cap, below = placement.positions, placement.cap, self.below(placement)
+        if not placement.deletes:
+            host = min(below, budgets.host // self.kv)
+            return TierSizes(device, host, below - host, self.staged, cap)
+        least = Below(self.kv, self.hidden, budgets.host, budgets.disk).least_deleted(below)
+        deleted = below if self.config.recompute == "always" or least is None else least
+        # Before rows are deleted the host has room for as many as beside their layer inputs.
+        host = 0 if deleted == below else min(below, (budgets.host - self.hidden * deleted) // self.kv)
+        disk = max(0, below - deleted - host)
+        return TierSizes(device, host, disk, self.staged, cap, deleted, self.model.hidden_size)
 
     def is_feasible(self, device: int, host: int, disk: int) -> bool:
         """Whether some plan keeps within these budgets."""
-        placement = self.place(device)
-        if placement is None:
-            return False
-        below = Below(self.kv, self.hidden, host, disk)
-        return below.feasible(self.below(placement), self.may_recompute, self.config.recompute == "always")
+        return self.placement(device, host, disk) is not None
 
 
 def _largest(works: Callable[[int], bool], low: int, high: int) -> int:
@@ -368,6 +380,7 @@ def _problem(
         recompute=recompute_table(demand.model, profile, demand.capacity),
         prefill_seconds=_prefill_seconds(demand.model, profile, demand.prompt),
         may_recompute=demand.may_recompute,
+        least_deleted=demand.sizes(placement, budgets).deleted,
         must_recompute=demand.config.recompute == "always",
         objective=objective,
     )
@@ -472,8 +485,8 @@ def _plan(
     }
     peak = {tier: max(steps) for tier, steps in by_tier.items()}
     peak["device"] = fixed + staging + kv * placement.positions
-    sizes = demand.sizes(placement, budgets)
-    if p2 is None and sizes is not None:
+    if p2 is None:
+        sizes = demand.sizes(placement, budgets)
         peak |= {"host": kv * sizes.host, "disk": kv * sizes.disk}
     on_disk = np.flatnonzero(line.on_disk)
     last = problem.positions[-1]
@@ -511,7 +524,7 @@ def _fixed(demand: Demand, placement: Placement) -> int:
     """Bytes on the device beside rows and staging."""
     if placement.positions == demand.capacity:
         return demand.fixed(None, tiered=False)
-    return demand.fixed(placement.cap) + (demand.slot - demand.kv) * placement.positions
+    return demand.fixed(placement.cap, deletes=placement.deletes) + (demand.slot - demand.kv) * placement.positions
 
 
 def _whole(values: Any) -> tuple[int, ...]:
@@ -551,9 +564,11 @@ def _reasons(
         )
         reasons["alpha"] = f"{1 - line.resident[-1] / problem.positions[-1]:.3f} of the positions are away at the end"
         reasons["beta"] = _about_recompute(demand, problem, line, p2)
+        reasons["form"] = _about_forms(demand, problem)
     if p2 is not None:
         reasons["III"] = f"the {int(line.deleted[-1])} oldest positions are rebuilt when needed"
-        reasons["recompute"] = "not available yet: this phase can be planned, not run"
+        if demand.model.stores[0].device.type != "cpu":
+            reasons["recompute"] = "not available yet on a GPU: there this phase can be planned, not run"
     if placement.cap is not None:
         full = demand.needed(None)
         reasons["max_rows"] = f"the working set stays at {placement.cap} rows, because {full} in all layers do not fit"
@@ -582,6 +597,30 @@ def _about_recompute(demand: Demand, problem: Problem, line: Timeline, p2: int |
     if demand.hidden >= demand.kv:
         return f"0, because recomputing cannot win: {sizes}"
     return "0, because loading K and V is not slower than rebuilding them"
+
+
+def _about_forms(demand: Demand, problem: Problem) -> str:
+    """What rows that are to be deleted are kept as, by the minimum cut of each K/V shape, and what that costs."""
+    batch, capacity = demand.model.batch_size, demand.capacity
+    products = 4 * demand.model.hidden_size * batch * capacity
+    products *= sum(store.num_layers * store.kv_heads * store.head_dim for store in demand.model.stores)
+    machine = Machine(problem.links.up, products / float(problem.recompute.at(capacity)))
+    texts = []
+    for store in demand.model.stores:
+        tensors = layer_tensors(
+            demand.model.hidden_size, store.kv_heads, store.head_dim, store.dtype.itemsize, demand.config.kv_dtype
+        )
+        smallest, *_, loaded = [*distinct_cuts(tensors)] * 2
+        layers = "all layers" if len(demand.model.stores) == 1 else f"{store.num_layers} layers"
+        if not smallest.flops:
+            texts.append(f"{loaded.form} in {layers}: no smaller tensor makes K and V again")
+            continue
+        rebuild, load = (1e6 * cut.seconds(machine) for cut in (smallest, loaded))
+        texts.append(
+            f"{smallest.form} in {layers}: {smallest.bytes} B of a token's layer input instead of {loaded.bytes} B of "
+            f"K and V, {smallest.flops / 1e6:.3g} MFLOP to rebuild them; {rebuild:.3g} us instead of {load:.3g} us"
+        )
+    return "; ".join(texts)
 
 
 def _infeasible(demand: Demand, budgets: Budgets, tokens: str) -> InfeasibleError:

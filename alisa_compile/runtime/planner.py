@@ -94,7 +94,8 @@ class Problem:
     churn: share of the dynamic rows that are new.
     compute: seconds of a step by rows attended. recompute: seconds by positions rebuilt, from (0, 0).
     prefill_seconds: compute of step 0. may_recompute: whether beta may be above 0; must_recompute: it is 1 of all old
-    positions, from p1 on.
+    positions, from p1 on. least_deleted: positions that are deleted at least, because the host has no room for them
+    when the store is full.
     """
 
     prompt: int
@@ -113,6 +114,7 @@ class Problem:
     recompute: Table
     prefill_seconds: float = 0.0
     may_recompute: bool = True
+    least_deleted: int = 0
     must_recompute: bool = False
     objective: str = "overlapped"
 
@@ -193,7 +195,9 @@ def _betas(problem: Problem, resident: int) -> list[int]:
     if not problem.may_recompute:
         return [0] if below.fits(old, 0, 0) else []
     least = below.least_deleted(old)
-    return [] if least is None else _spread(least, old, _MOST_BETAS)
+    if least is None:
+        return []
+    return _spread(max(least, problem.least_deleted), max(old, problem.least_deleted), _MOST_BETAS)
 
 
 def _spread(first: int, last: int, most: int) -> list[int]:
@@ -236,7 +240,8 @@ def timeline(
     old = np.where(below, problem.old(resident), 0)
     deleted = np.where(deletes, np.minimum(count, old), 0)
     hidden = np.minimum(count, n)
-    on_disk, fits = problem.below.on_disk(old, deleted, hidden), problem.below.fits(old, deleted, hidden)
+    # The host's room for hidden states is theirs from the start.
+    on_disk, fits = problem.below.on_disk(old, deleted, count), problem.below.fits(old, deleted, count)
 
     kv, hidden_bytes = problem.below.kv, problem.below.hidden
     links, alpha = problem.links, away / n

@@ -17,7 +17,8 @@ from .tiers import Tier
 if TYPE_CHECKING:  # plan imports store, which imports this
     from .forecast import Forecast
 
-#: What a store counts since its start; `stalled_ns`: waiting for transfers, `disk_stalled_ns`: of this, for the disk.
+#: What a store counts since its start; `stalled_ns`: waiting for transfers, `disk_stalled_ns`: of this, for the disk. A
+#: row is K and V of one token in one layer, sequence and group.
 COUNTERS = (
     "device_to_host",
     "host_to_device",
@@ -26,7 +27,12 @@ COUNTERS = (
     "stalled_ns",
     "disk_stalled_ns",
     "rows_missed",
+    "rows_recomputed",
+    "recompute_ns",
 )
+#: Nats. Text of the dense model is about 10 % more perplexing to one that differs by so much on average.
+UNSAFE_KL = 0.1
+_PHASES = {"I": "all rows on the device", "II": "rows below the device", "III": "the oldest rows deleted"}
 _WIDTH = 79
 
 
@@ -37,6 +43,50 @@ class SkipRow:
     node: str
     layer: int | None
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidatedStep:
+    """A decode step beside the same one with dense attention.
+
+    tokens: next tokens compared, one of each sequence that runs. same: those that both find likeliest. divergence: the
+    sum over them of KL(dense || sparse), nats.
+    """
+
+    tokens: int
+    same: int
+    divergence: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Decode steps beside dense attention. agreement: share of next tokens that both find likeliest.
+
+    kl: mean of KL(dense || sparse), nats.
+    """
+
+    steps: int
+    tokens: int
+    agreement: float
+    kl: float
+
+    @classmethod
+    def of(cls, steps: Sequence[ValidatedStep]) -> Validation | None:
+        """All steps together; None where nothing was compared."""
+        tokens = sum(step.tokens for step in steps)
+        if tokens == 0:
+            return None
+        same, divergence = sum(step.same for step in steps), sum(step.divergence for step in steps)
+        return cls(len(steps), tokens, same / tokens, divergence / tokens)
+
+    @property
+    def is_unsafe(self) -> bool:
+        """Whether the next tokens differ too much. What only later questions ask for is not seen here."""
+        return self.kl > UNSAFE_KL
+
+    def __str__(self) -> str:
+        limit = f"{'above' if self.is_unsafe else 'within'} {UNSAFE_KL}"
+        return f"{self.agreement:.0%} of {self.tokens} likeliest tokens equal, KL {self.kl:.2g} nats ({limit})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +122,7 @@ class RunStatistics:
         self.decode_steps: list[tuple[int, int, int]] = []
         self.prefill_ms: list[float] = []
         self.phases: list[str] = []
+        self.validated: list[ValidatedStep] = []
         self.forecast = None
         self.counters_after_prefill: tuple[int, ...] | None = None
 
@@ -128,6 +179,8 @@ class Report:
     predicted_ms: tuple[float, ...] = ()
     corrected_ms: tuple[float, ...] = ()
     churn: tuple[float | None, float | None] = (None, None)
+    validation: Validation | None = None  # with option `validate`
+    bytes_saved: int = 0  # on the host, by K and V that are deleted now, less what they are rebuilt from
     left_out: tuple[SkipRow, ...] = ()  # why the latest call had no AlisaCache, for each attention layer
 
     @classmethod
@@ -153,7 +206,9 @@ class Report:
             "bytes_per_row": dict(self.bytes_per_row),
             "bytes_moved": self.bytes_moved,
             "misses": self.moved["rows_missed"],
-            "rows_recomputed": 0,
+            "rows_recomputed": self.moved["rows_recomputed"],
+            "recompute_ms": self.moved["recompute_ns"] / 1e6,
+            "bytes_saved": self.bytes_saved,
             "graphs_compiled": len(self.graphs),
             "recompiles": self.recompiles,
             "rewritten": {row.stage: row.rewritten for row in self.graphs},
@@ -164,6 +219,7 @@ class Report:
             "churn": dict(zip(("expected", "measured"), self.churn, strict=True)),
             "stall_ms": self.moved["stalled_ns"] / 1e6,
             "disk_stall_ms": self.moved["disk_stalled_ns"] / 1e6,
+            "validation": None if self.validation is None else dataclasses.asdict(self.validation),
             "skipped": [dataclasses.asdict(row) for row in self.skipped],
         }
 
@@ -228,6 +284,10 @@ class Report:
         rows.append(("bytes moved", moved or "0"))
         if self.moved["rows_missed"]:
             rows.append(("rows missed", f"{self.moved['rows_missed']}: no slot was free, so attention fetched them"))
+        if self.moved["rows_recomputed"] or self.bytes_saved:
+            rebuilt, spent = self.moved["rows_recomputed"], self.moved["recompute_ns"] / 1e6
+            saved = format_bytes(self.bytes_saved)
+            rows.append(("rows recomputed", f"{rebuilt} in {spent:.2f} ms; {saved} of the host saved by deleting rows"))
         rows.append(("step time, p50 / p99", times))
         predicted, corrected = _median_step(self.predicted_ms), _median_step(self.corrected_ms)
         expected, measured = self.churn
@@ -239,6 +299,8 @@ class Report:
         if self.moved["stalled_ns"]:
             stalled, disk = (self.moved[name] / 1e6 for name in ("stalled_ns", "disk_stalled_ns"))
             rows.append(("waited for transfers", f"{stalled:.2f} ms in all, {disk:.2f} ms of it for the disk"))
+        if self.validation is not None:
+            rows.append((f"{self.validation.steps} steps beside dense", str(self.validation)))
         return [
             *rows,
             ("graphs compiled", _graphs(self.graphs)),
@@ -267,8 +329,7 @@ def _median_step(planned_ms: Sequence[float]) -> float | None:
 
 
 def _phase(phase: dict[str, Any]) -> str:
-    where = "all rows on the device" if phase["phase"] == "I" else "rows below the device"
-    return f"steps {phase['first_step']} to {phase['last_step']}: {where}"
+    return f"steps {phase['first_step']} to {phase['last_step']}: {_PHASES[phase['phase']]}"
 
 
 def _graphs(graphs: tuple[CompileRow, ...]) -> str:

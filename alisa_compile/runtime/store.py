@@ -6,18 +6,21 @@ import copy
 import dataclasses
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from .. import compat
 from ..config import AlisaConfig
 from ..errors import AlisaError, CacheError, InfeasibleError, NotAvailableError, TierError
+from ..kernels.hidden import HiddenRows, Producer
 from ..kernels.kv_append.tiered import place_rows
 from ..kernels.kv_select.reference import choose
 from ..kernels.selection import SPARSE_BLOCK, SelectionSpec
 from ..kernels.swa_attention.reference import score_dtype
 from ..kernels.tiers import TRAFFIC_PLACES, TierState, drain, recover
+from ..kernels.triton_launch import is_installed
+from . import trace
 from .disk import DiskFile
 from .policies import head_groups, selection_spec
 from .report import COUNTERS, RunStatistics
@@ -85,10 +88,14 @@ class TokenStore:
         self.has_history = False
         self.host_length = self.host_origin = 0
         self.statistics = RunStatistics()
-        self._step_started = 0.0
+        self._step_started = 0  # nanoseconds
+        self._stage = ""  # of the step that runs
+        self._profiled: torch.profiler.record_function | None = None
         self._length_before = 0  # the latest step
         self._in_step = False
         self._sparse_layers = 0
+        self._dense = [True] * shape.num_layers  # by layer, whether the coming step attends to all rows
+        self.is_validated = False  # somebody sees to the option `validate`
         self._place = place
         self._counted = (0,) * len(COUNTERS)  # of tiers that are no more
         self.tiers: TierState | None = None
@@ -101,16 +108,13 @@ class TokenStore:
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it later
     def _allocate(self, capacity: int) -> None:
         """Make all tensors, then switch to them: a failure leaves the store as it was."""
+        began = time.perf_counter_ns()
         shape, groups, device = self.shape, self.groups, self.shape.device
         leading = (shape.num_layers, shape.batch_size, groups)
         lists = shape.num_layers * shape.batch_size * groups
         sizes = None if self._place is None else self._place(shape.batch_size, capacity)
-        if sizes is not None and device.type != "cpu":
-            raise NotAvailableError(
-                "rows below the device are not available yet on a GPU",
-                got=f"{capacity} tokens x {shape.batch_size} sequences, {sizes.device} tokens of which fit {device}",
-                fix=f"raise device_kv_budget, or {_LESS_MEMORY}",
-            )
+        if sizes is not None:
+            _refuse_tiers(sizes, device, capacity)
         slots = lists * (capacity if sizes is None else sizes.device)
         cap = None if sizes is None else sizes.max_rows
         selection = selection_spec(self.config if cap is None else dataclasses.replace(self.config, max_rows=cap))
@@ -127,6 +131,7 @@ class TokenStore:
                 tiers = self._make_tiers(sizes, disk, capacity)
                 ticket = torch.zeros(shape.num_layers + 1, dtype=torch.int64)
                 ticket[-1] = tiers.number
+                tiers.open(pool.rows, pool.scales)
             length = torch.zeros(shape.num_layers, dtype=torch.int64, device=device)
             valid = torch.ones((shape.batch_size, capacity), dtype=torch.bool, device=device)
             if selection is not None:
@@ -152,8 +157,6 @@ class TokenStore:
         # Without the plan's cap, which reaches the graph as a number in `origin`: no other graph for another budget.
         plain = selection_spec(self.config)
         self.spec = plain.encode() if plain else ""
-        if tiers is not None:
-            tiers.open(pool.rows, pool.scales)
         self.pool.alisa_store = weakref.ref(self)  # type: ignore[attr-defined]
         self._note_bytes()
         dynamic = [(id(tensor), dim) for tensor, dim in self.dynamic_dimensions()]
@@ -162,6 +165,12 @@ class TokenStore:
                 # The others are the model's and the batch's: each has graphs of its own, however many a process meets.
                 mark = compat.mark_dynamic if (id(tensor), dim) in dynamic else compat.mark_static
                 mark(tensor, dim)
+        if trace.active is not None:
+            names = ("device", "host", "disk", "staging")
+            positions = {} if sizes is None else {f"{name}_positions": getattr(sizes, name) for name in names}
+            trace.active.span(
+                "planner", "make the KV store", began, time.perf_counter_ns(), capacity=capacity, **positions
+            )
 
     def _note_bytes(self) -> None:
         for tier, nbytes in self.bytes_by_tier().items():
@@ -200,7 +209,47 @@ class TokenStore:
             staging=staging.rows,
             staging_scales=staging.scales,
             disk=disk,
+            hidden=self._make_hidden(sizes, capacity),
         )
+
+    def _make_hidden(self, sizes: TierSizes, capacity: int) -> HiddenRows | None:
+        if not sizes.deleted:
+            return None
+        shape = self.shape
+        slots = shape.num_layers * shape.batch_size * sizes.deleted
+        stored = torch.int8 if self.is_int8 else shape.dtype
+        try:
+            rows = torch.zeros((slots, sizes.hidden_size), dtype=stored)
+        except RuntimeError as error:
+            raise CacheError(
+                "there is not enough memory for the saved layer inputs",
+                got=f"{slots * sizes.hidden_size * stored.itemsize / 2**20:.2f} MiB on the host",
+                fix=f"set a lower host_kv_budget and a disk_kv_budget, or recompute='off'; {_LESS_MEMORY}",
+            ) from error
+        return HiddenRows(
+            sizes.deleted,
+            rows,
+            torch.zeros(slots) if self.is_int8 else None,
+            torch.zeros((shape.batch_size, capacity), dtype=torch.int32),
+            saved=torch.zeros(shape.num_layers, dtype=torch.int64),
+            deleted=torch.zeros(shape.num_layers, dtype=torch.int64),
+            dtype=shape.dtype,
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the layer inputs that are saved, 0 where no row is deleted; read while tracing, as `is_tiered`."""
+        return 0 if self.tiers is None or self.tiers.hidden is None else self.tiers.hidden.rows.shape[1]
+
+    @property
+    def lacks_producers(self) -> bool:
+        """Whether rows may be deleted that nothing could make again so far: the first prompt has a single token."""
+        return self.tiers is not None and self.tiers.hidden is not None and not self.tiers.hidden.producers
+
+    def bind_producers(self, producers: Mapping[int, Producer]) -> None:
+        """By layer, what makes K and V again where rows are deleted."""
+        if self.tiers is not None and self.tiers.hidden is not None:
+            self.tiers.hidden.bind(producers)
 
     @property
     def is_tiered(self) -> bool:
@@ -264,8 +313,26 @@ class TokenStore:
             if tensor is not None
         )  # fmt: skip
         host = tiers.host.nbytes + (0 if tiers.host_scales is None else tiers.host_scales.nbytes)
+        if tiers.hidden is not None:
+            host += tiers.hidden.nbytes
+            device += tiers.hidden.device_nbytes
         disk = 0 if self.disk is None else self.disk.positions * tiers.lists * tiers.row_bytes
         return {Tier.DEVICE.value: device, Tier.HOST.value: host, Tier.DISK.value: disk}
+
+    def row_bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of the rows and layer inputs that each tier holds now; a row may be on the device and below it."""
+        row, positions = self.row.bytes_per_row, self.shape.batch_size * self.groups
+        if self.tiers is None:
+            return {Tier.DEVICE.value: self.shape.num_layers * positions * self.host_length * row}
+        below, on_disk = int(self.tiers.below.sum()), int(self.tiers.on_disk.sum())
+        hidden = self.tiers.hidden
+        deleted = 0 if hidden is None else int(hidden.deleted.sum())
+        inputs = 0 if hidden is None else int(hidden.saved.sum()) * hidden.batch_size * hidden.row_bytes
+        return {
+            Tier.DEVICE.value: int((self.tiers.owner >= 0).sum()) * row,
+            Tier.HOST.value: (below - on_disk) * positions * row + inputs,
+            Tier.DISK.value: (on_disk - deleted) * positions * row,
+        }
 
     def copy(self) -> TokenStore:
         """An independent store with the same contents."""
@@ -275,15 +342,31 @@ class TokenStore:
         """A store whose sequence b is a copy of this one's sequence `index[b]`."""
         shape = dataclasses.replace(self.shape, batch_size=len(index))
         other = TokenStore(shape, self.config, self.capacity, self._place)
+        other._take_hidden(self, index)
         other._take_rows(self, index, self.host_length)
         other.length.copy_(self.length)
         other.valid.copy_(self.valid[index])
         for mine, theirs in zip(self._selection_state(), other._selection_state(), strict=True):
             theirs.copy_(mine[:, index])
         other.host_length, other.has_history, other.padded = self.host_length, self.has_history, self.padded
-        other._length_before = self._length_before
+        other._length_before, other._dense = self._length_before, list(self._dense)
         other._set_origin(self.host_origin)
+        other.statistics.budget_bytes = self.statistics.budget_bytes
         return other
+
+    def _take_hidden(self, source: TokenStore, index: list[int]) -> None:
+        """Copy the saved layer inputs of the sequences `index` of another store, before its rows."""
+        if self.tiers is None or self.tiers.hidden is None:
+            return
+        if source.tiers is None or source.tiers.hidden is None:
+            if not source.host_length:
+                return
+            raise CacheError(
+                "this cache cannot grow: rows would be deleted whose layer inputs were not saved",
+                got=f"{source.host_length} tokens in {source.capacity} places",
+                fix="set max_length to the most tokens that the cache will hold",
+            )
+        self.tiers.hidden.take(source.tiers.hidden, index, source.tiers.home, source.host_length)
 
     def _take_rows(self, source: TokenStore, index: list[int], used: int) -> None:
         """Copy the first `used` rows of the sequences `index` of another store with the same layers and heads."""
@@ -393,7 +476,11 @@ class TokenStore:
         tiers.below.clamp_(max=length)
         tiers.on_disk.clamp_(max=length)
         tiers.misses.zero_()
+        if tiers.hidden is not None:
+            tiers.hidden.forget_from(length)
         self.table[..., length:] = -1
+        if tiers.engine is not None:
+            tiers.engine.forget()
         # From the table, which a step that failed in a compiler's copies has left as it was.
         tiers.owner.fill_(-1)
         used = (self.table >= 0).nonzero()
@@ -404,15 +491,28 @@ class TokenStore:
         tiers, ticket = self.tiers, self.ticket
         if tiers is None or ticket is None:
             return
-        lacking = (self.table[..., self.host_length] < 0).flatten(1).any(1)
-        if not bool(lacking.any()):
+        if tiers.engine is None:
+            lacking = (self.table[..., self.host_length] < 0).flatten(1).any(1).nonzero().flatten().tolist()
+        else:  # the host knows, and must not wait for the device to say it
+            tiers.engine.tokens = self.host_length
+            lacking = tiers.engine.layers_without_room()
+        if not lacking:
             return
-        drain(tiers)  # the ops would not say in a TierError what failed before
+        if tiers.engine is None:
+            drain(tiers)  # the ops would not say in a TierError what failed before
         ops = torch.ops.alisa
-        for layer in lacking.nonzero().flatten().tolist():
-            ops.kv_offload(self.pool, self.scales, self.table, self.length, ticket, layer, self.spec)
-            ops.kv_prefetch(self.pool, self.scales, self.table, self.length, self.rows, self.counts, ticket, layer)
-        drain(tiers)
+        stored = self.pool, self.scales, self.table, self.length
+        for layer in lacking:
+            if tiers.hidden is not None:
+                ops.kv_offload.recomputing(*stored, ticket, layer, self.spec)
+                ops.kv_prefetch.recomputing(*stored, self.rows, self.counts, ticket, layer)
+                ops.kv_recompute(self.pool, self.scales, ticket, layer)
+                continue
+            ops.kv_offload(*stored, ticket, layer, self.spec)
+            ops.kv_prefetch(*stored, self.rows, self.counts, ticket, layer)
+            ops.kv_wait(self.pool, ticket, self.pool, layer)
+        if tiers.engine is None:
+            drain(tiers)
 
     def _crop_selection(self, selection: SelectionSpec, length: int) -> None:
         assert self.scores is not None and self.rows is not None and self.counts is not None
@@ -432,9 +532,10 @@ class TokenStore:
         accepted = max(1, length - self._length_before)
         for layer in range(self.shape.num_layers):
             if length > self.host_origin and selection.is_refresh_step(length + 1 - self.host_origin, layer, accepted):
-                self.counts[layer] = -1
+                self.counts[layer], self._dense[layer] = -1, True
             else:
                 choose(self.scores, self.rows, self.counts, length, valid, layer, selection)
+                self._dense[layer] = False
 
     def select_sequences(self, index: list[int]) -> None:
         """Let sequence b be a copy of what sequence `index[b]` was, for beam search and the like. Not inside a step.
@@ -472,6 +573,8 @@ class TokenStore:
             _move_rows(pool, self.table[:, originals], pool, self.table[:, duplicates], used)
         else:
             self.tiers.home.copy_(self.tiers.home[moved])
+            if self.tiers.engine is not None:
+                self.tiers.engine.reorder(self.tiers)
             try:
                 for original, duplicate in zip(originals, duplicates, strict=True):
                     self.tiers.copy_sequence(self.pool, self.scales, self.table, original, duplicate)
@@ -500,7 +603,9 @@ class TokenStore:
                 self._allocate(max(tokens, 2 * self.capacity))
             except InfeasibleError:  # twice as many do not fit the budgets; fewer may
                 self._allocate(self._largest_capacity(tokens, 2 * self.capacity))
-            self._take_rows(old, list(range(self.shape.batch_size)), self.host_length)
+            everyone = list(range(self.shape.batch_size))
+            self._take_hidden(old, everyone)
+            self._take_rows(old, everyone, self.host_length)
         except BaseException:  # rows that could not be moved, or an interrupt while they were
             vars(self).update(vars(old))
             raise
@@ -576,24 +681,52 @@ class TokenStore:
                 fix=f"call cache.reserve({self.host_length + new_tokens}) before this forward pass, or pass a larger "
                 "max_length when the cache is built",
             )
+        if self.config.validate and not self.is_validated:
+            raise NotAvailableError(
+                "option 'validate' works in generate() of torch.compile(model, backend='alisa') alone",
+                got=f"validate={self.config.validate} in another forward pass",
+                fix="leave validate at its default (0) here",
+            )
         if new_tokens == 1:
             self._make_room()
+        if self.tiers is not None and self.tiers.engine is not None:
+            self.tiers.engine.begin_step(self.host_length + new_tokens, self._dense)
         if self.statistics.steps == 0:
             self.statistics.counters_before = self.counters()
         if new_tokens == 1 and not self.statistics.decode_ms:
             self.statistics.counters_after_prefill = self.counters()
-        self._step_started = time.perf_counter()
         self._length_before = self.host_length
         self._in_step = True
         self._sparse_layers = 0
+        self._stage = "decode" if new_tokens == 1 else "extend" if self.has_history else "prefill"
+        if compat.profiler_is_on():
+            self._profiled = torch.profiler.record_function(f"alisa {self._stage}")
+            self._profiled.__enter__()
+        self._step_started = time.perf_counter_ns()
+
+    def _phase(self) -> str:
+        if self.tiers is None or not bool(self.tiers.below.any()):
+            return "I"
+        hidden = self.tiers.hidden
+        return "III" if hidden is not None and bool(hidden.deleted.any()) else "II"
 
     def counters(self) -> tuple[int, ...]:
         """What was moved, waited for and missed since the store was made, as in `COUNTERS`; waits for transfers."""
         if self.tiers is None:
             return self._counted
         drain(self.tiers)
-        now = self.tiers.traffic.tolist()
+        hidden = self.tiers.hidden
+        rebuilt = (0, 0) if hidden is None else (hidden.rows_recomputed, hidden.nanoseconds)
+        now = (*self.tiers.traffic.tolist(), *rebuilt)
         return tuple(earlier + count for earlier, count in zip(self._counted, now, strict=True))
+
+    @property
+    def bytes_saved(self) -> int:
+        """On the host, by the K and V that are deleted now, less what they are rebuilt from."""
+        if self.tiers is None or self.tiers.hidden is None:
+            return 0
+        rows = int(self.tiers.hidden.deleted.sum()) * self.shape.batch_size * self.groups
+        return max(0, rows * self.row.bytes_per_row - self.tiers.hidden.nbytes)
 
     def note_sparse_layers(self, count: int) -> None:
         """So many layers of this step attend to their working set; the report must not claim it of the others."""
@@ -611,16 +744,43 @@ class TokenStore:
         if not self.has_history or new_tokens > SPARSE_BLOCK:
             self._set_origin(self.host_length)
         self.has_history = True
+        if self.selection is not None:  # the rule by which selection makes a layer's coming step dense
+            step, refresh = self.host_length + 1 - self.host_origin, self.selection.is_refresh_step
+            new = new_tokens if self.host_origin < self.host_length else 1
+            self._dense = [refresh(step, layer, new) for layer in range(self.shape.num_layers)]
         self._in_step = False
-        elapsed_ms = (time.perf_counter() - self._step_started) * 1e3
+        ended = time.perf_counter_ns()
+        self._end_profiled()
         since = self.host_length - self.host_origin
-        phase = "II" if self.tiers is not None and bool(self.tiers.below.any()) else "I"
+        phase = self._phase()
+        elapsed_ms = (ended - self._step_started) / 1e6
         self.statistics.note_step(new_tokens, self.host_length, since, self._sparse_layers, elapsed_ms, phase)
+        if trace.active is not None:
+            self._trace_step(trace.active, new_tokens, ended, phase)
         if self.host_length >= self.capacity:
             try:
                 self.reserve(self.host_length + 1)
             except AlisaError as error:  # this step has its result; the next one, if there is one, cannot begin
                 self._no_room = error.with_traceback(None)  # which would keep what was allocated before it
+
+    def _end_profiled(self) -> None:
+        if self._profiled is not None:
+            self._profiled.__exit__(None, None, None)
+            self._profiled = None
+
+    def _trace_step(self, recording: trace.Recording, new_tokens: int, ended: int, phase: str) -> None:
+        recording.span(
+            "compute",
+            f"alisa {self._stage}",
+            self._step_started,
+            ended,
+            new_tokens=new_tokens,
+            tokens=self.host_length,
+            layers=self.shape.num_layers,
+            sparse_layers=self._sparse_layers,
+            phase=phase,
+        )
+        recording.samples.append(trace.Sample(ended, id(self), self.row_bytes_by_tier()))
 
     def abort_step(self) -> None:
         """A forward pass failed half-way: forget its tokens, and attend to everything in the next step.
@@ -631,6 +791,7 @@ class TokenStore:
         self.valid[:, self.host_length :] = True
         self.attend_to_all()
         self._in_step = False
+        self._end_profiled()
         try:
             self._forget_from(self.host_length)
         except TierError as error:
@@ -638,6 +799,7 @@ class TokenStore:
 
     def attend_to_all(self) -> None:
         """Make the coming step dense, as a refresh would."""
+        self._dense = [True] * self.shape.num_layers
         if self.counts is not None:
             self.counts.fill_(-1)
 
@@ -662,6 +824,25 @@ class TokenStore:
         dense = sum(self.selection.is_refresh_step(since, layer) for layer in range(layers))
         kept = self.selection.local_rows(length) + self.selection.dynamic_rows(length)
         return float(max(0, sparse_layers - dense) / layers * (1 - kept / length))
+
+
+def _refuse_tiers(sizes: TierSizes, device: torch.device, capacity: int) -> None:
+    """Raise if rows below a device of this kind cannot be served."""
+    if device.type == "cpu":
+        return
+    fix = f"raise device_kv_budget, or {_LESS_MEMORY}"
+    got = f"{capacity} tokens a sequence, {sizes.device} of which fit {device}"
+    if device.type != "cuda":
+        raise NotAvailableError(f"rows below the device are not available on {device.type}", got=got, fix=fix)
+    if sizes.disk:
+        more = f"raise host_kv_budget, {fix}"
+        raise NotAvailableError("the disk tier is not available yet on a GPU", got=got, fix=more)
+    if not is_installed():
+        raise NotAvailableError(
+            "rows below a GPU are moved by Triton kernels, and Triton is not installed",
+            got=got,
+            fix="pip install 'alisa-compile[gpu]'",
+        )
 
 
 def _move_rows(source: Pool, there: torch.Tensor, target: Pool, here: torch.Tensor, used: int) -> None:

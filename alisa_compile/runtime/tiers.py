@@ -58,7 +58,8 @@ class TierSizes:
 
     device: slots, the coming token's included. host, disk: together they take whatever the device does not keep.
     staging: positions of one layer that stream through the device at a time. max_rows: cap on the working set that the
-    device's budget forces; None = none beside the option's.
+    device's budget forces; None = none beside the option's. deleted: so many first positions have their layer inputs,
+    of width hidden_size, saved on the host, and lose K and V when the host is full.
     """
 
     device: int
@@ -66,6 +67,8 @@ class TierSizes:
     disk: int
     staging: int
     max_rows: int | None = None
+    deleted: int = 0
+    hidden_size: int = 0
 
 
 @dataclasses.dataclass

@@ -17,7 +17,9 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..config import POLICIES
 from ..errors import AlisaError
+from ..passes.record import STAGES
 from ..runtime.plan import OBJECTIVES
+from .bench import add_flags as add_bench_flags
 from .options import add_config_flags
 
 #: Of everything that is to blame on the input, as argparse does it.
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     try:
-        _run(argv)
+        code = _run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nalisa: interrupted", file=sys.stderr)
@@ -54,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"alisa: error: {' '.join(str(known).split())}", file=sys.stderr)
         return EXIT_ERROR
-    return 0
+    return code
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     parser, commands = _parsers()
     arguments, unknown = parser.parse_known_args(argv)
     arguments.command_line = shlex.join(["alisa", *argv])
@@ -71,7 +73,8 @@ def _run(argv: list[str]) -> None:
         raise AlisaError(
             f"`alisa {arguments.command}` needs {error.name}", fix="pip install 'alisa-compile[hf]'"
         ) from error
-    command.run(arguments)
+    code: int | None = command.run(arguments)
+    return code or 0
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -93,8 +96,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     generate.add_argument("--seed", type=int, metavar="N", help="makes the drawing repeatable; implies --sample")
     generate.add_argument("--no-stream", action="store_true", help="print the text at the end, in one piece")
     generate.add_argument("--report", action="store_true", help="print what happened, on standard error")
+    text = "JSON: when steps ran and rows moved; ui.perfetto.dev opens it"
+    generate.add_argument("--trace", type=Path, metavar="FILE", help=text)
 
-    text = "the embedded model at 80 % sparsity beside dense attention"
+    text = "the embedded model writes, with sparse attention beside dense"
     demo = choices.add_parser("demo", help=text, description=text, allow_abbrev=False)
     demo.add_argument("--max-new-tokens", type=_positive, default=120, metavar="N", help="(default: %(default)s)")
     demo.add_argument(
@@ -115,12 +120,35 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_model_flags(plan)
     _add_plan_flags(plan)
 
-    commands = {"generate": generate, "demo": demo, "eval": evaluate, "plan": plan}
+    text = "what is installed, how fast this machine is, and what will and will not work on it"
+    ending = "Exit code: 0 = decoding will be fast, 1 = something is missing for that, 2 = the command line is wrong."
+    doctor = choices.add_parser("doctor", help=text, description=text, epilog=ending, allow_abbrev=False)
+    _add_doctor_flags(doctor)
+
+    text = "what each pass changed in a model's graphs, and why it left something as it is"
+    diff = choices.add_parser("diff", help=text, description=text, allow_abbrev=False)
+    _add_model_flags(diff)
+    _add_diff_flags(diff)
+
+    text = "find the rewrite that makes a model's output wrong, by comparing with dense attention"
+    ending = "Exit code: 0 = nothing is wrong, 1 = something is, 2 = the command line or the model is."
+    bisect = choices.add_parser("bisect", help=text, description=text, epilog=ending, allow_abbrev=False)
+    _add_model_flags(bisect)
+    _add_bisect_flags(bisect)
+
+    text = "how fast kernels, decode steps and whole generations are, beside transformers; needs a checkout"
+    ending = "Exit code: 0 = every row has its numbers, 1 = some have none, 2 = the command line or a file is wrong."
+    bench = choices.add_parser("bench", help=text, description=text, epilog=ending, allow_abbrev=False)
+    add_bench_flags(bench)
+
+    commands = {"generate": generate, "demo": demo, "eval": evaluate, "plan": plan, "doctor": doctor, "bench": bench}
+    commands |= {"diff": diff, "bisect": bisect}
     for name, command in commands.items():
         command.add_argument("--quiet", action="store_true", help="show no progress")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        # A table has many policies and sparsities.
-        add_config_flags(command, without=("policy", "sparsity") if name == "eval" else ())
+        if name not in ("doctor", "bench"):
+            # A table has many policies and sparsities.
+            add_config_flags(command, without=("policy", "sparsity") if name == "eval" else ())
     return parser, commands
 
 
@@ -184,6 +212,40 @@ def _add_plan_flags(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything, by step, as JSON")
     text = "such as plan.png: bytes by tier and step time over the steps; needs matplotlib"
     parser.add_argument("--plot", type=Path, metavar="FILE", help=text)
+
+
+def _add_doctor_flags(parser: _Parser) -> None:
+    parser.add_argument("--device", help="to judge, such as cpu or cuda:0 (default: cuda where there is one)")
+    dtypes = ("float32", "bfloat16", "float16")
+    text = "of the models to run (default: %(default)s)"
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help=text)
+    parser.add_argument("--profile", action="store_true", help="measure this machine's speed (anew) and keep it")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _add_diff_flags(parser: _Parser) -> None:
+    parser.add_argument("--stage", choices=STAGES, default="decode", help="which graph to show (default: %(default)s)")
+    parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="only what this pass did")
+    parser.add_argument("--layer", type=_count, metavar="N", help="only this layer of the model; it fits a screen")
+    parser.add_argument("--explain", action="store_true", help="what was left as it is, why, and what to do about it")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page with all graphs, for a browser")
+    parser.add_argument("--dot", type=Path, metavar="FILE", help="the changed nodes and their neighbours, for Graphviz")
+    text = "length of the prompt that the graphs are made with (default: %(default)s)"
+    parser.add_argument("--prompt-tokens", type=_positive, default=24, metavar="N", help=text)
+
+
+def _add_bisect_flags(parser: _Parser) -> None:
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", metavar="TEXT", help="what to compare on; the model continues it")
+    text.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 file to compare on, from its beginning")
+    explained = "tokens of the text to read first (default: %(default)s)"
+    parser.add_argument("--prompt-tokens", type=_positive, default=64, metavar="N", help=explained)
+    explained = "tokens to decode and compare (default: %(default)s)"
+    parser.add_argument("--max-new-tokens", type=_positive, default=16, metavar="N", help=explained)
+    explained = "largest KL divergence from dense, in nats, that counts as right (default: what rounding explains)"
+    parser.add_argument("--tolerance", type=float, metavar="X", help=explained)
+    parser.set_defaults(dtype="float32")  # with fewer digits rounding could hide a fault
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..api import report
+from ..api import report, trace
 from ..backend import alisa
 from ..errors import AlisaError
 from .loading import load
@@ -32,14 +33,15 @@ def run(arguments: argparse.Namespace) -> None:
             CountingStreamer(progress) if arguments.no_stream else PrintingStreamer(loaded.tokenizer, progress)
         )
         progress.start_tokens("generating", arguments.max_new_tokens)
-        output = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=arguments.max_new_tokens,
-            streamer=streamer,
-            **choice,
-            **loaded.padding(),
-        )
+        with trace(arguments.trace) if arguments.trace else contextlib.nullcontext():
+            output = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=arguments.max_new_tokens,
+                streamer=streamer,
+                **choice,
+                **loaded.padding(),
+            )
     if arguments.no_stream:
         print(loaded.decode(output[0, tokens.shape[1] :]))
     if arguments.report:

@@ -34,16 +34,11 @@ def add_config_flags(parser: argparse.ArgumentParser, without: Sequence[str] = (
             group.add_argument(flag, type=_reader(hints[field.name]), metavar="VALUE", **settings)
 
 
-def given_options(arguments: argparse.Namespace, *, to_plan: bool = False) -> dict[str, Any]:
-    """What was typed, as `options={...}`; wrong values are refused here, before a model is loaded.
-
-    to_plan: accept what is available in plans alone.
-    """
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was typed, as `options={...}`; wrong values are refused here, before a model is loaded."""
     names = [field.name for field in dataclasses.fields(AlisaConfig)]
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    config = AlisaConfig.from_options(options)
-    if not to_plan:
-        config.require_available()
+    AlisaConfig.from_options(options)
     return options
 
 
@@ -61,7 +56,7 @@ def read_options(text: str) -> dict[str, Any]:
             options[name] = _flag(value) if hints[name] is bool else _reader(hints[name])(value)
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"option {name!r} has a wrong value: {error}") from error
-    AlisaConfig.from_options(options).require_available()
+    AlisaConfig.from_options(options)
     return options
 
 

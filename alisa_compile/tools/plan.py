@@ -25,7 +25,7 @@ _SHADES = {"I": "white", "II": "whitesmoke", "III": "mistyrose"}
 
 def run(arguments: argparse.Namespace) -> None:
     """Options and files are checked before the machine is measured."""
-    options = given_options(arguments, to_plan=True)
+    options = given_options(arguments)
     check_plot(arguments.plot)
     profile = None if arguments.profile is None else MachineProfile.load(arguments.profile)
     with Progress(quiet=arguments.quiet) as progress:

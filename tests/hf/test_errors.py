@@ -50,7 +50,6 @@ def test_bad_options_from_generate(stock: Any, ids: torch.Tensor) -> None:
     for options, kind, text in (
         ({"sparsty": 0.5}, ConfigError, "unknown option 'sparsty'.*did you mean 'sparsity'"),
         ({"sparsity": 1.0}, ConfigError, r"got: 1\.0; expected: a number in \[0, 1\)"),
-        ({"validate": 3}, NotAvailableError, "'validate' is not available yet.*got: 3.*default"),
     ):
         model = torch.compile(stock, backend="alisa", options=options)
         with pytest.raises(kind, match=text) as caught:

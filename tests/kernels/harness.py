@@ -79,10 +79,11 @@ class Driver:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         sizes: TierSizes | None = None,
+        device: str = "cpu",
         **options: Any,
     ) -> None:
         self.heads = heads
-        shape = StoreShape(layers, batch, heads.kv, heads.dim, dtype, torch.device("cpu"))
+        shape = StoreShape(layers, batch, heads.kv, heads.dim, dtype, torch.device(device))
         self.store = TokenStore(shape, AlisaConfig(**options), capacity, lambda *_: sizes)
 
     def permute_slots(self, generator: torch.Generator) -> None:

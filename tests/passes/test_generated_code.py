@@ -63,7 +63,7 @@ def _decode_code(layers: int, **options: Any) -> str:
     original = alisa_backend._compile
 
     def generate_only(gm: fx.GraphModule, inputs: list[Any], config: AlisaConfig, mode: str | None) -> Any:
-        stage = alisa_backend._stage(gm)
+        stage = alisa_backend.stage_of(gm)
         if stage == "decode":
             twin = compat.copy_graph(gm)  # Inductor takes what it is given apart
             codes[stage] = _code_of(lambda: original(twin, inputs, config, mode))

@@ -11,7 +11,7 @@ import pytest
 
 import alisa_compile
 from alisa_compile import backend
-from alisa_compile.passes.pipeline import PIPELINE
+from alisa_compile.passes import pipeline
 from alisa_compile.passes.uuid import FingerprintPass, package_fingerprint
 
 
@@ -74,8 +74,9 @@ def test_pass_names_count(package: Path) -> None:
 
 
 def test_the_backend_uses_it_for_the_whole_package() -> None:
-    """The pass that Inductor gets hashes this package's kernels too, with the names of the pipeline."""
+    """The pass that Inductor gets hashes this package's kernels too, with the list of passes."""
     root = Path(alisa_compile.__file__).parent
     assert (root / "kernels" / "native.h").exists()
-    expected = package_fingerprint(root, (graph_pass.name for graph_pass in PIPELINE))
-    assert backend._fingerprint().uuid() == expected
+    passes = pipeline.identity()
+    assert [each.name for each in pipeline.PIPELINE] == [part.split()[0] for part in passes[:-1]]
+    assert backend._fingerprint(passes).uuid() == package_fingerprint(root, passes)

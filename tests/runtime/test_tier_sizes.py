@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa_compile import AlisaConfig, InfeasibleError
+from alisa_compile.kernels.tiers import first_recent
 from alisa_compile.runtime.budgets import Budgets
 from alisa_compile.runtime.footprint import tier_bytes
 from alisa_compile.runtime.plan import ModelShape, Plan, make_plan, tier_sizes
@@ -104,7 +106,7 @@ def test_stores_keep_the_budgets(
 @pytest.mark.parametrize("tier", TIERS)
 def test_smallest_budget_runs_and_one_byte_less_is_refused(options: dict[str, Any], tier: str) -> None:
     """To the last position that fits and past it, and without misses."""
-    capacity, config = 160, AlisaConfig(**options)
+    capacity, config = 160, AlisaConfig(**options, recompute="off")
     shape = store_shape(batch_size=2)
     model = ModelShape((shape,), 64, 0)
     given_bytes = tier_bytes(shape, config, capacity, TierSizes(80, 20, 0, 128))
@@ -145,13 +147,34 @@ def test_a_longer_context_is_offered() -> None:
         tier_sizes(model, config, budgets(60_000, 30_000), longest + 1)
 
 
-def test_nothing_is_deleted_to_make_room() -> None:
-    """A plan may rebuild rows; a store cannot, so what only recomputation makes possible is refused."""
-    model = ModelShape((store_shape(kv_heads=8),), 32, 0)
-    config, limits = AlisaConfig(), budgets(500_000, 200_000)
-    assert make_plan(model, config, limits, PROFILE, prompt_length=300, max_new_tokens=100).p2 is not None
-    with pytest.raises(InfeasibleError):
-        tier_sizes(model, config, limits, 400)
+@pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8"}, {"recompute": "always"}], ids=str)
+def test_rows_are_deleted_where_nothing_else_makes_room(options: dict[str, Any]) -> None:
+    """As few as possible, and none with `off`; stores of these sizes keep the budgets, and are as large as said."""
+    shape, capacity = store_shape(kv_heads=8, num_layers=4), 400
+    model, config = ModelShape((shape,), 32, 0), AlisaConfig(**options)
+    off = dataclasses.replace(config, recompute="off")
+    device = int(0.6 * tier_bytes(shape, config, capacity, None)["device"])
+    in_full = tier_sizes(model, off, budgets(device), capacity)
+    assert in_full is not None
+    needed = tier_bytes(shape, config, capacity, in_full)["host"]
+    assert tier_sizes(model, off, budgets(device, needed), capacity) == in_full
+    for share in (0.5, 0.6, 0.9):
+        host = int(share * needed)
+        with pytest.raises(InfeasibleError):
+            tier_sizes(model, off, budgets(device, host), capacity)
+        sizes = tier_sizes(model, config, budgets(device, host), capacity)
+        assert sizes is not None and sizes.deleted and sizes.hidden_size == 32 and sizes.disk == 0
+        store = TokenStore(shape, config, capacity, lambda *_, s=sizes: s)  # type: ignore[misc]
+        found = store.bytes_by_tier()
+        assert found == tier_bytes(shape, config, capacity, sizes)
+        assert found["device"] <= device and found["host"] <= host
+        below = first_recent(capacity, sizes.device, store.spec, sizes.max_rows or 0)
+        if config.recompute == "always":
+            assert (sizes.deleted, sizes.host) == (below, 0)
+            continue
+        assert sizes.host + sizes.deleted >= below
+        fewer = dataclasses.replace(sizes, deleted=sizes.deleted - 1, host=below - sizes.deleted + 1)
+        assert tier_bytes(shape, config, capacity, fewer)["host"] > host
 
 
 # what moves
@@ -161,7 +184,7 @@ def moved(
     prompt: int, steps: int, device: int, host: int, disk: int, **options: Any
 ) -> tuple[Plan, list[dict[str, int]]]:
     """The plan where the tiers hold so many positions, and what a store of the same sizes moves in each step."""
-    shape, config = store_shape(num_layers=3, batch_size=2), AlisaConfig(**options)
+    shape, config = store_shape(num_layers=3, batch_size=2), AlisaConfig(**options, recompute="off")
     model = ModelShape((shape,), 64, 100_000)
     limits = budgets(**tier_bytes(shape, config, prompt + steps, TierSizes(device, host, disk, 128)))
     plan = make_plan(model, config, limits, PROFILE, prompt_length=prompt, max_new_tokens=steps)

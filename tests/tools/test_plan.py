@@ -76,7 +76,7 @@ def test_table_fits(
     out, err = capsys.readouterr()
     phases = [line.split()[0] for line in out.splitlines() if re.match(r"I+ ", line)]
     assert phases == ["I", "II", "III"] and err == ""
-    assert "recompute: not available yet" in " ".join(out.split())
+    assert "form: hidden in all layers: 2048 B of a token's layer input instead of 4096 B" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= columns
 
 
@@ -161,9 +161,3 @@ def test_error_is_one_line(flags: list[str], expected: str, profile: str, capsys
 def test_prompt_length_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", str(MODEL)]) == 2
     assert "required: --prompt-length" in capsys.readouterr().err
-
-
-def test_other_commands_still_refuse_recomputation(capsys: pytest.CaptureFixture[str]) -> None:
-    """What only a plan understands is not accepted and ignored elsewhere."""
-    assert cli.main(["generate", "--model", str(MODEL), "--prompt", "a", "--recompute", "always", "--quiet"]) == 2
-    assert "'recompute' is not available yet" in capsys.readouterr().err

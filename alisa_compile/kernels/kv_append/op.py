@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
+from ..triton_launch import triton_first
 from .reference import kv_append
 from .tiered import kv_append_tiered
 
@@ -33,6 +34,7 @@ define(
     kv_append,
     _fake,
     native=True,
+    cuda=triton_first(kv_append),
 )
 define(
     "kv_append.tiered(Tensor(a!) pool, Tensor(b!)? scales, Tensor(c!) table, Tensor(d!) length, Tensor(e!) valid, "

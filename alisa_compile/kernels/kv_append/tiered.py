@@ -33,10 +33,9 @@ def kv_append_tiered(
     row_scales = None
     if scales is not None and key_scale is not None and value_scale is not None:
         row_scales = rows_of(key_scale, value_scale, groups, scales.dtype).view(*shape, *scales.shape[1:])
-    start = int(length[layer])
-    place_rows(
-        state_of(ticket), pool, scales, table, layer, start, rows.view(*shape, *pool.shape[1:]), row_scales, spec
-    )
+    state = state_of(ticket)
+    start = int(length[layer]) if state.engine is None else state.engine.tokens - new_tokens
+    place_rows(state, pool, scales, table, layer, start, rows.view(*shape, *pool.shape[1:]), row_scales, spec)
     end = start + new_tokens
     if padding_mask is not None:
         valid[:, :end] = padding_mask[:, :end] != 0
@@ -55,9 +54,12 @@ def place_rows(
     spec: str,
 ) -> None:
     """Put the rows `[B, G, T, 2, P, D]`, scales `[B, G, T, 2, P]`, of the positions from `start` on in their tiers."""
-    drain(state)
     end, below = start + rows.shape[2], int(state.below[layer])
     first = max(below, first_recent(end, state.quota, spec, state.max_rows))
+    if state.engine is not None:
+        state.engine.place(state, pool, scales, table, layer, start, rows, row_scales, first)
+        return
+    drain(state)
     if below < min(first, start):
         slots = table[layer, :, :, below : min(first, start)].long()
         state.down(layer, pool[slots], None if scales is None else scales[slots])

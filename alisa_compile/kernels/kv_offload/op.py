@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
+from .cuda import kv_offload_cuda
 from .reference import kv_offload
 
 
@@ -26,4 +27,5 @@ define(
     kv_offload,
     _fake,
     native=True,
+    cuda=kv_offload_cuda,
 )

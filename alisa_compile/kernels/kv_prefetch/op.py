@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
+from .cuda import kv_prefetch_cuda
 from .reference import kv_prefetch
 
 
@@ -27,4 +28,5 @@ define(
     kv_prefetch,
     _fake,
     native=True,
+    cuda=kv_prefetch_cuda,
 )

@@ -58,7 +58,7 @@ def kv_prefetch(
                 place[tokens] = region * state.quota + slots[fit]
     state.misses[layer] = missed
     regions, positions, slots = (torch.cat(parts) for parts in zip(*entered, strict=True))
-    state.up(layer, regions, positions, pool, scales, slots)
+    state.enter(layer, regions, positions, pool, scales, slots)
     # Last: rows that could not be read are not on the device.
     for place, (_, positions, slots) in zip(places, entered, strict=True):
         place[positions] = slots.to(place.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
-from .reference import kv_read, kv_read_tiered
+from .reference import kv_read, kv_read_recomputing, kv_read_tiered
 
 
 def _fake(
@@ -29,6 +29,7 @@ def _fake(
     spec: str,
     padded: bool,
     ticket: torch.Tensor | None = None,
+    hidden_size: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if stage == "prefill":
         return key.new_empty(key.shape), value.new_empty(value.shape)
@@ -43,3 +44,8 @@ _ARGUMENTS = (
 
 define(f"kv_read({_ARGUMENTS}) -> (Tensor, Tensor)", kv_read, _fake)
 define(f"kv_read.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", kv_read_tiered, _fake)
+define(
+    f"kv_read.recomputing({_ARGUMENTS}, Tensor ticket, int hidden_size) -> (Tensor, Tensor)",
+    kv_read_recomputing,
+    _fake,
+)

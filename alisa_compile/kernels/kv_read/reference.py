@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..quantize_row import dequantize_row
@@ -100,3 +102,8 @@ def kv_read_tiered(
         staged, staged_scales, slots = state.stage(pool, scales, table, layer, first, end)
         keys[:, :, first:end], values[:, :, first:end] = read_rows(staged, staged_scales, slots, key.dtype)
     return keys, values
+
+
+def kv_read_recomputing(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kv_read.tiered` of a store that deletes rows. The last argument, its `hidden_size`, only rides along."""
+    return kv_read_tiered(*arguments[:-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
+from .cuda import kv_wait_cuda
 from .reference import kv_wait
 
 
@@ -12,4 +13,10 @@ def _fake(pool: torch.Tensor, ticket: torch.Tensor, anchor: torch.Tensor, layer:
     return None
 
 
-define("kv_wait(Tensor(a!) pool, Tensor(b!) ticket, Tensor anchor, int layer) -> ()", kv_wait, _fake, native=True)
+define(
+    "kv_wait(Tensor(a!) pool, Tensor(b!) ticket, Tensor anchor, int layer) -> ()",
+    kv_wait,
+    _fake,
+    native=True,
+    cuda=kv_wait_cuda,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
+from ..triton_launch import triton_first
 from .reference import scatter_rows
 
 
@@ -12,4 +13,10 @@ def _fake(pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
     return None
 
 
-define("scatter_rows(Tensor(a!) pool, Tensor slots, Tensor rows) -> ()", scatter_rows, _fake, native=True)
+define(
+    "scatter_rows(Tensor(a!) pool, Tensor slots, Tensor rows) -> ()",
+    scatter_rows,
+    _fake,
+    native=True,
+    cuda=triton_first(scatter_rows),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..library import define
+from ..triton_launch import triton_first
 from .reference import score_dtype, swa_attention
 from .tiered import swa_attention_tiered
 
@@ -32,7 +33,14 @@ _ARGUMENTS = (
     "Tensor? counts, int layer, float scale"
 )
 
-define(f"swa_attention({_ARGUMENTS}) -> (Tensor, Tensor)", swa_attention, _fake, native=True)
+define(
+    f"swa_attention({_ARGUMENTS}) -> (Tensor, Tensor)",
+    swa_attention,
+    _fake,
+    native=True,
+    cuda=triton_first(swa_attention),
+    capturable=True,
+)
 define(
     f"swa_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", swa_attention_tiered, _fake, native=True
 )
