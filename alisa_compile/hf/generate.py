@@ -507,7 +507,7 @@ def _predict(call: _Call, cache: AlisaCache, sequences: int, prompt: int, new_to
         return
     budgets = Budgets(**limits, origin=dict.fromkeys(limits, "of the cache"))
     options = cache.runnable_options(call.model.device)
-    expected = forecast(call.model, options, sequences, prompt, new_tokens, budgets)
+    expected = forecast(call.model, cache.kv_shapes, options, sequences, prompt, new_tokens, budgets)
     for store in cache.stores:
         store.statistics.forecast = expected
 

@@ -64,7 +64,8 @@ def plan(
     place = _device_of(given) if device is None else _usable(device)
     if dtype is None:
         dtype = (given.dtype if has_weights else getattr(config, "dtype", None)) or torch.get_default_dtype()
-    shape = model_shape(config, model, batch_size, dtype, place)
+    observed = None if model is None else observe_kv_shapes(model)
+    shape = model_shape(config, model, observed, batch_size, dtype, place)
     # Weights that are there already are no longer in what is free.
     count = shape.parameters if model is None else sum(parameter.numel() for parameter in model.parameters())
     weights = 0 if has_weights else count * dtype.itemsize
@@ -119,6 +120,7 @@ def placer(model_config: Any, stores: list[StoreShape], config: AlisaConfig, bud
 
 def forecast(
     model: PreTrainedModel,
+    kv_shapes: KVShapes | None,
     config: AlisaConfig,
     batch_size: int,
     prompt_length: int,
@@ -127,6 +129,8 @@ def forecast(
 ) -> Forecast | None:
     """Of a `generate` that is about to run, for its report; None where this machine has no saved profile.
 
+    kv_shapes: of the model's layers, as they were observed: the model itself must not run here, not even on fake
+    tensors, because frequencies of its RoPE may be state that moves with every forward pass.
     Never an error: what goes wrong is logged. Nothing is measured here, because that takes seconds.
     """
     try:
@@ -135,7 +139,7 @@ def forecast(
             return None
         profile = MachineProfile.load(path)
         text = model.config.get_text_config(decoder=True)
-        shape = model_shape(text, model, batch_size, model.dtype, model.device)
+        shape = model_shape(text, model, kv_shapes, batch_size, model.dtype, model.device)
     except _PLANNING_ERRORS as error:
         logger.warning("no step times are predicted for the report: %s", error)
         return None
@@ -183,9 +187,15 @@ def _skeleton(config: PreTrainedConfig) -> Any:
         return None
 
 
-def model_shape(config: Any, model: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> ModelShape:
-    """config: of the text decoder. model: with or without weights, or None."""
-    observed: KVShapes | None = None if model is None else observe_kv_shapes(model)
+def model_shape(
+    config: Any,
+    model: Any,
+    observed: KVShapes | None,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModelShape:
+    """config: of the text decoder. model: with or without weights, or None. observed: K/V shapes of its layers."""
     layers = build_layers(config, observed)
     reason = why_unmanaged(config, layers)
     if reason is not None:

@@ -46,8 +46,11 @@ def test_rows_are_named_once_and_their_work_exists() -> None:
     assert set(TITLES) == {row.group for row in rows}
 
 
-def test_a_run_is_kept_resumed_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_kept_resumed_printed_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three rows of the command; the second call measures nothing, and another machine's numbers are not taken."""
+    monkeypatch.setenv("COLUMNS", "200")  # a narrower table breaks names
     out = tmp_path / "results.json"
     arguments = ["--quick", "--out", str(out), "--only", "move: gather, 256", "--only", "select: 4k", "--quiet"]
     assert run.main(arguments) == 0

@@ -237,11 +237,11 @@ def test_every_sequence_owns_its_slots(data: st.DataObject) -> None:
     "options",
     [
         {},
-        {"sparsity": 0.8, "refresh": 5},
         {"paper": True},
-        {"policy": "h2o"},
-        {"policy": "strided"},
-        {"policy": "churn"},
+        pytest.param({"sparsity": 0.8, "refresh": 5}, marks=pytest.mark.slow),
+        pytest.param({"policy": "h2o"}, marks=pytest.mark.slow),
+        pytest.param({"policy": "strided"}, marks=pytest.mark.slow),
+        pytest.param({"policy": "churn"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -271,7 +271,9 @@ def test_int8_needs_less_memory_than_dynamic_cache() -> None:
     assert ours.nbytes < 0.35 * dynamic  # int8 instead of float32, scales and tables included
 
 
-@pytest.mark.parametrize("chunk", [8, 13, 64])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(8, marks=pytest.mark.slow), 13, pytest.param(64, marks=pytest.mark.slow)]
+)
 def test_a_prompt_in_chunks_is_dense_to_its_end(chunk: int) -> None:
     """Sparse decode, but the first token comes from dense attention however short the last chunk is, even one token."""
     stock = tiny_model("llama", layers=2, seed=3)

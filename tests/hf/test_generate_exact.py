@@ -19,7 +19,7 @@ def test_random_models(family: str, batch_size: int) -> None:
     assert_same_tokens(model, compiled(model, sparsity=0.0), ids, mask, 256)
 
 
-@pytest.mark.parametrize("batch_size", (1, 4))
+@pytest.mark.parametrize("batch_size", (pytest.param(1, marks=pytest.mark.slow), 4))
 def test_trained_model(batch_size: int) -> None:
     """The same on trained weights and real text, through Inductor."""
     model, tokenizer = novel()

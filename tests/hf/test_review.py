@@ -12,7 +12,7 @@ from tests.support import compiled, left_padded, tiny_model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_batch_size_is_rewritten(padded: bool) -> None:
     """Dynamo must not turn the batch size into an unknown at the second one: attention would stay dense."""
     candidate = compiled(tiny_model("llama"), "eager")

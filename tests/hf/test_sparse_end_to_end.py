@@ -67,7 +67,12 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torc
     return loaded
 
 
-@pytest.mark.parametrize("case", CASES)
+_BY_DEFAULT = ("swa, float32", "swa, bfloat16", "swa, int8 rows", "h2o")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in _BY_DEFAULT else pytest.mark.slow) for case in CASES]
+)
 def test_kernels_against_references(case: str, references: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """The same tokens; where they part, the reference was undecided to within what the dtype resolves."""
     dtype, options = CASES[case]

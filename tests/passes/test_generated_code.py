@@ -29,8 +29,8 @@ CASES = pytest.mark.parametrize(
     (
         (4, {"sparsity": 0.0}),
         (4, {"kv_dtype": "int8"}),
-        (16, {"sparsity": 0.8}),
-        pytest.param(4, {"sparsity": 0.8}, marks=SLOW),
+        (4, {"sparsity": 0.8}),
+        pytest.param(16, {"sparsity": 0.8}, marks=SLOW),
         pytest.param(16, {"sparsity": 0.0}, marks=SLOW),
         pytest.param(16, {"kv_dtype": "int8"}, marks=SLOW),
     ),

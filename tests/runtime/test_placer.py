@@ -111,7 +111,7 @@ def test_prediction_needs_a_saved_profile(
     """Nothing is measured in a call of generate, and what goes wrong is a warning."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     budgets = Budgets(100_000, 10**9, 0, dict.fromkeys(("device", "host", "disk"), "as given"))
-    ask = (llama, AlisaConfig(), 1, 300, 20, budgets)
+    ask = (llama, None, AlisaConfig(), 1, 300, 20, budgets)
     assert forecast(*ask) is None and caplog.text == ""
     path = profile_path(llama.device, llama.dtype)
     PROFILE.save(path)
@@ -119,7 +119,7 @@ def test_prediction_needs_a_saved_profile(
     assert expected is not None and expected.plan is not None
     assert expected.plan.p1 == 0 and len(expected.plan.step_ms) == 20
     small = Budgets(10, 0, 0, budgets.origin)
-    too_small = forecast(llama, AlisaConfig(), 1, 300, 20, small)
+    too_small = forecast(llama, None, AlisaConfig(), 1, 300, 20, small)
     assert too_small is not None and too_small.plan is None
     assert "no step times are predicted" in caplog.text and "do not fit the KV budgets" in caplog.text
     path.write_text("{}", encoding="utf-8")

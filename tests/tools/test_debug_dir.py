@@ -128,12 +128,16 @@ def test_tlparse_and_torch_logs_show_passes_and_plan(tmp_path: Path) -> None:
     """A reader of the structured trace finds our artifacts, each readable; `TORCH_LOGS` takes the module's name."""
     script = (
         "import torch\n"
+        "from alisa_compile.runtime.profile import profile_path\n"
+        "from tests.runtime.test_placer import PROFILE\n"
         "from tests.support import compiled, left_padded, tiny_model\n"
+        "PROFILE.save(profile_path(torch.device('cpu'), torch.float32))\n"  # without one there is no plan
         "ids, mask = left_padded(2, 200)\n"
         "model = compiled(tiny_model('llama'), inner='eager', device_kv_budget='100KiB', host_kv_budget='1MiB')\n"
         "model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)\n"
     )
     environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "TORCH_LOGS": "+alisa_compile", "PYTHONPATH": str(ROOT)}
+    environment["ALISA_CACHE_DIR"] = str(tmp_path / "profiles")
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
