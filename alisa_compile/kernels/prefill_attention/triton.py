@@ -21,21 +21,24 @@ _LOG2_E = 1.4426950408889634
 def _fits(*, config: triton.Config, capability: int, query: torch.Tensor, DIM: int, **_: Any) -> bool:
     """No register is spilled, and there is room in shared memory (`tests/kernels/triton/test_compiled.py`)."""
     rows: int = config.kwargs["BLOCK_M"]
-    warps: int = config.num_warps
+    logits = rows * config.kwargs["BLOCK_N"] // config.num_warps  # of a warp
     if capability < 80 or query.dtype == torch.float32:  # Triton has no tensor cores for these
         return rows == 16
     if DIM > 128:
-        return rows == 64 and warps == 8
-    return rows == 64 or (rows == 128 and (DIM <= 64 or capability >= 90))
+        return bool(logits == 256)
+    return bool(logits == 512 or (logits == 1024 and (DIM <= 64 or capability >= 90)))
 
 
-def _mass_fits(*, config: triton.Config, capability: int, query: torch.Tensor, **_: Any) -> bool:
-    rows: int = config.kwargs["BLOCK_M"]
-    return (rows == 32) == (capability < 80 or query.dtype == torch.float32)
+def _mass_fits(*, config: triton.Config, capability: int, query: torch.Tensor, DIM: int, **_: Any) -> bool:
+    tile = (config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"])
+    if capability < 80 or query.dtype == torch.float32:
+        return tile == (32, 32)
+    return tile == ((32, 64) if DIM > 128 else (64, 64))
 
 
 _MASS_CONFIGS = (
     {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
 )
 
@@ -82,6 +85,8 @@ def attend_block(
     _fits,
     {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 )

@@ -84,6 +84,10 @@ def test_decode_attention_in_other_modes(capability: int) -> None:
     check_fits(compile_launches(capability, lambda: _decode(_LLAMA, padded=False, groups=8)))
 
 
+# The launch function leaves float32 to torch, and rows are int8 only once they are stored.
+_PROMPTS = [shape for shape in _MORE if not shape.int8 and shape.dtype != torch.float32]
+
+
 def _prefill(shape: Shape, rank: str, *, padded: bool = True, groups: int = 1) -> None:
     spec = SelectionSpec(Fraction(1, 10), Fraction(1, 10), rank).encode() if rank else ""
     heads = (shape.query, shape.kv, shape.kv)
@@ -95,20 +99,21 @@ def _prefill(shape: Shape, rank: str, *, padded: bool = True, groups: int = 1) -
     "capability", [pytest.param(each, marks=[] if each in (75, 90) else pytest.mark.slow) for each in SHARED_MEMORY]
 )
 def test_prefill_attention(capability: int) -> None:
-    """Attention and the last rows' mass for the heads of Llama 3."""
+    """Attention, and the mass of the last rows or of all, for the heads of Llama 3."""
     check_fits(compile_launches(capability, lambda: _prefill(_LLAMA, "ring")))
+    check_fits(compile_launches(capability, lambda: _prefill(_LLAMA, "sum")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("shape", [shape for shape in _MORE if not shape.int8], ids=str)
+@pytest.mark.parametrize("shape", _PROMPTS, ids=str)
 def test_prefill_attention_of_other_models(shape: Shape, capability: int) -> None:
     """Other head sizes, groups and dtypes."""
     check_fits(compile_launches(capability, lambda: _prefill(shape, "ring")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", [80, 90, 100])  # the launch function leaves older GPUs to torch
 @pytest.mark.parametrize("shape", [_LLAMA, Shape(dim=256, query=16), Shape(dim=64)], ids=str)
 def test_prefill_attention_in_other_modes(shape: Shape, capability: int) -> None:
     """Without padding, one index set a head; the mass of all rows; no mass."""
