@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -134,7 +133,7 @@ def plan(
     )
 
 
-def trace(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+def trace(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
     """Record what runs inside `with`, and write it to a file that ui.perfetto.dev and chrome://tracing open.
 
     Lanes: forward passes, waits for transfers, rows on their way between device, host and disk, compilations, phases;

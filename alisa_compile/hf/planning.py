@@ -112,7 +112,7 @@ def placer(model_config: Any, stores: list[StoreShape], config: AlisaConfig, bud
             # Nobody asked for limits, and what is free is an estimate: the allocation itself will tell.
             logger.warning("everything goes to the device, although it may not fit: %s", error)
             return None
-        # On a GPU rows cannot be below the device yet: without a limit that was asked for, all of them go there.
+        # Tiers on a GPU have not been tried on one: without a limit that was asked for, all rows go there.
         return None if not any_given and stores[0].device.type != "cpu" else sizes
 
     return [place] * len(stores)

@@ -19,9 +19,9 @@ class Forecast:
     """
 
     def __init__(self, make: Callable[[float | None], Plan | None]) -> None:
-        self._make = make
+        self._make = functools.lru_cache(maxsize=8)(make)  # a report asks for four, and may be asked for often
 
-    @functools.cached_property
+    @property
     def plan(self) -> Plan | None:
         """With the churn that was expected."""
         return self._make(None)
