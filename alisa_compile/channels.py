@@ -134,6 +134,7 @@ import torch
 from torch import device, inf, nan, tensor  # noqa: F401  (the graph may use them)
 
 from alisa_compile.backend import alisa
+from alisa_compile.compat import mark_dynamic
 
 torch.set_grad_enabled({grad_enabled})
 
@@ -153,7 +154,7 @@ class Step(torch.nn.Module):
 def empty(shape, stride, dtype, device, requires_grad, *dynamic):
     value = torch.empty_strided(shape, stride, dtype=dtype, device=device, requires_grad=requires_grad)
     for dim in dynamic:
-        torch._dynamo.maybe_mark_dynamic(value, dim)
+        mark_dynamic(value, dim)
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -11,7 +10,6 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ import torch
 from alisa_compile import kernels
 from alisa_compile.kernels import native
 from alisa_compile.kernels.selection import SPARSE_BLOCK, SelectionSpec
+from tests.kernels.harness import torch_threads
 
 ops = torch.ops.alisa
 append_reference = kernels.kv_append.reference.kv_append
@@ -39,16 +38,6 @@ def built() -> None:
     """Skips where no compiler is: there is nothing to compare then."""
     if not native.register_native():
         pytest.skip("the native kernels cannot be built here")
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("built")
@@ -441,13 +430,13 @@ def test_a_sequence_of_padding_alone_gets_zeros() -> None:
 def test_neither_slots_nor_threads_change_a_bit(dtype: torch.dtype, query_dtype: torch.dtype, mode: str) -> None:
     """On a shape that is large enough to be shared between threads."""
     case = _case((4, 2, 2, 64, 1100, 1000, 2), dtype, query_dtype)
-    with _threads(1):
+    with torch_threads(1):
         expected = case.run(mode)
         moved = dataclasses.replace(case, store=case.store.moved(torch.Generator().manual_seed(1)))
         for actual in (moved.run(mode), case.run(mode)):
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     for count in (2, 3):
-        with _threads(count):
+        with torch_threads(count):
             assert all(torch.equal(a, e) for a, e in zip(case.run(mode), expected, strict=True))
 
 
@@ -583,7 +572,7 @@ def test_selection_at_length_is_the_references() -> None:
     select_reference(*expected.tensors, mass, length, _ORIGIN, None, 1, spec.encode())
     for count in (1, 2):
         actual = state.clone()
-        with _threads(count):
+        with torch_threads(count):
             ops.kv_select(*actual.tensors, mass, length, _ORIGIN, None, 1, spec.encode())
         for one, other in zip(actual.tensors, expected.tensors, strict=True):
             _equal(one, other)

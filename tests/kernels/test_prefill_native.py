@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from alisa_compile.kernels import native, prefill_attention
-from tests.kernels.harness import Heads, ops, random_block
+from tests.kernels.harness import Heads, ops, random_block, torch_threads
 
 last_rows_mass = prefill_attention.reference.last_rows_mass
 
@@ -29,16 +26,6 @@ def built() -> None:
     """Skips where no compiler is: there is nothing to compare then."""
     if not native.register_native():
         pytest.skip("the native kernels cannot be built here")
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _prompt(
@@ -105,12 +92,12 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
     """On a prompt that is large enough to be shared between threads, and whose rows take several blocks."""
     heads = Heads(32, 4, 64)
     query, key, valid = _prompt(heads, 1500, 0, dtype)
-    with _threads(1):
+    with torch_threads(1):
         expected = ops.prefill_mass(query, key, valid, 2, 40, 0, heads.scale)
     exact = last_rows_mass(query.double(), key.double(), valid, 2, 40, query_start=0, scale=heads.scale)
     torch.testing.assert_close(expected.double(), exact, rtol=2e-4, atol=2e-6)
     for count in (2, 3):
-        with _threads(count):
+        with torch_threads(count):
             assert torch.equal(ops.prefill_mass(query, key, valid, 2, 40, 0, heads.scale), expected)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from alisa_compile.kernels import native
 from alisa_compile.kernels.swa_attention.tiered import swa_attention_tiered
 from alisa_compile.kernels.tiers import DISK_READ, HOST_TO_DEVICE, ROWS_MISSED, TierState, drain
 from alisa_compile.runtime.tiers import TierSizes
-from tests.kernels.harness import Block, Driver, Heads, ops, random_block
+from tests.kernels.harness import Block, Driver, Heads, ops, random_block, torch_threads
 
 HEADS = Heads(query=8, kv=2, dim=40)  # 40 is no multiple of a vector
 QUOTA, STAGING = 90, 64
@@ -40,16 +38,6 @@ def _built() -> None:
     """Skips where no compiler is: there is nothing to compare then."""
     if not native.register_native():
         pytest.skip("the native kernels cannot be built here")
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _tiers(driver: Driver) -> TierState:
@@ -145,7 +133,7 @@ def test_all_positions(kind: str, below: str, head_mode: str, padded: bool) -> N
     counts = [int(fetched.sum()) * tiers.row_bytes, int(fetched[..., : int(tiers.on_disk[0])].sum()) * tiers.row_bytes]
     assert (counts[1] > 0) == (below != "host")
     for dense, threads in itertools.product((False, True), (1, 2)):
-        with _threads(threads):
+        with torch_threads(threads):
             expected, before = _attend(theirs, block, mask, dense=dense), _moved(tiers)
             got = _attend(ours, block, mask, dense=dense)
         _same(got, expected, length)
@@ -161,7 +149,7 @@ def test_any_size_of_staging(staging: int, kind: str, threads: int) -> None:
     """Less than a tile, one, one and a part, several: no bit changes."""
     sizes = dataclasses.replace(SIZES["both"], staging=staging)
     ours, theirs, block, _ = _pair(sizes, 600, kind, batch=1)
-    with _threads(threads):
+    with torch_threads(threads):
         got, expected = _attend(ours, block, None, dense=True), _attend(theirs, block, None, dense=True)
     _same(got, expected, 0)
 
@@ -199,7 +187,7 @@ def test_a_working_set_with_rows_that_have_no_slot(kind: str, below: str, head_m
     tiers.misses[0] = missed
     before = _moved(tiers)
     for threads in (1, 2):
-        with _threads(threads):
+        with torch_threads(threads):
             got, expected = _attend(ours, block, None, dense=False), _attend(theirs, block, None, dense=False)
         for sequence, groups in enumerate(sets):
             for group, chosen in enumerate(groups):
@@ -250,7 +238,7 @@ def test_a_file_that_is_cut_short(threads: int) -> None:
     store, tiers = ours.store, _tiers(ours)
     assert store.disk is not None
     os.ftruncate(store.disk.fileno(), 0)
-    with _threads(threads), pytest.raises(RuntimeError, match=r"could not be read: the file is shorter"):
+    with torch_threads(threads), pytest.raises(RuntimeError, match=r"could not be read: the file is shorter"):
         _attend(ours, block, None, dense=True)
     with pytest.raises(TierError, match="could not be read"):
         drain(tiers)
