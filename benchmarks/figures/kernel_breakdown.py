@@ -27,18 +27,19 @@ class _Module:
     def __init__(self, heads: int, width: int, batch: int, tokens: int, sparsity: float) -> None:
         generator = torch.Generator().manual_seed(0)
         self.heads, self.width, self.batch, self.tokens = heads, width, batch, tokens
-        self.pool = torch.randn((batch * tokens, 2, heads, width), generator=generator).bfloat16()
-        self.table = torch.arange(batch * tokens, dtype=torch.int32).view(1, batch, 1, tokens)
-        self.length, self.valid = torch.tensor([tokens]), torch.ones((batch, tokens), dtype=torch.bool)
+        capacity = tokens + 1  # selection is for the coming step, whose own token is always among the chosen ones
+        self.pool = torch.randn((batch * capacity, 2, heads, width), generator=generator).bfloat16()
+        self.table = torch.arange(batch * capacity, dtype=torch.int32).view(1, batch, 1, capacity)
+        self.length, self.valid = torch.tensor([tokens]), torch.ones((batch, capacity), dtype=torch.bool)
         self.before = torch.tensor([tokens - 1])
         self.query = torch.randn((batch, heads, 1, width), generator=generator).bfloat16()
         spec = selection_spec(AlisaConfig(sparsity=sparsity, refresh=0))
         self.spec = None if spec is None else spec.encode()
-        self.scores = torch.rand((1, batch, 1, 1, tokens), generator=generator)
+        self.scores = torch.rand((1, batch, 1, 1, capacity), generator=generator)
         self.rows = self.counts = None
         self.kept = torch.arange(tokens).expand(batch, tokens)
         if spec is not None:
-            self.rows = torch.zeros((1, batch, 1, spec.rows_capacity(tokens + 1)), dtype=torch.int32)
+            self.rows = torch.zeros((1, batch, 1, spec.rows_capacity(capacity)), dtype=torch.int32)
             self.counts = torch.zeros((1, batch, 1), dtype=torch.int32)
             kv_select.reference.choose(self.scores, self.rows, self.counts, tokens - 1, None, 0, spec)
             self.kept = self.rows[0, :, 0, : int(self.counts.max())].long()

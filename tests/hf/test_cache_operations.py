@@ -237,7 +237,7 @@ def test_every_sequence_owns_its_slots(data: st.DataObject) -> None:
     "options",
     [
         {},
-        {"paper": True},
+        pytest.param({"paper": True}, marks=pytest.mark.slow),
         pytest.param({"sparsity": 0.8, "refresh": 5}, marks=pytest.mark.slow),
         pytest.param({"policy": "h2o"}, marks=pytest.mark.slow),
         pytest.param({"policy": "strided"}, marks=pytest.mark.slow),

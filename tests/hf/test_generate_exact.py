@@ -10,8 +10,13 @@ from tests.support import assert_same_tokens, compiled, left_padded, novel, pass
 FAMILIES = ("llama", "qwen3", "opt", "neox", "mistral")
 
 
-@pytest.mark.parametrize("batch_size", (1, 4))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "batch_size"),
+    [
+        *((family, 4) for family in FAMILIES),
+        *(pytest.param(family, 1, marks=() if family == "llama" else pytest.mark.slow) for family in FAMILIES),
+    ],
+)
 def test_random_models(family: str, batch_size: int) -> None:
     """256 tokens, batch 1 and a left-padded batch of 4."""
     model = tiny_model(family)

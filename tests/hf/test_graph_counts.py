@@ -9,7 +9,15 @@ from torch._dynamo.utils import counters
 from alisa_compile import AlisaCache
 from tests.support import compiled, left_padded, recorded_compiles, tiny_model
 
-OPTIONS = pytest.mark.parametrize("options", ({"sparsity": 0.0}, {}, {"paper": True}, {"kv_dtype": "int8"}))
+OPTIONS = pytest.mark.parametrize(
+    "options",
+    (
+        {"sparsity": 0.0},
+        {},
+        pytest.param({"paper": True}, marks=pytest.mark.slow),
+        pytest.param({"kv_dtype": "int8"}, marks=pytest.mark.slow),
+    ),
+)
 
 
 @OPTIONS

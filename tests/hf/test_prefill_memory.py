@@ -39,7 +39,15 @@ class ShortMemory:
         return Run(gm).run(*args)
 
 
-@pytest.mark.parametrize("options", ({"sparsity": 0.0}, {}, {"device_kv_budget": "150KB"}), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        pytest.param({"sparsity": 0.0}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+        {"device_kv_budget": "150KB"},
+    ),
+    ids=str,
+)
 def test_shorter_pieces(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -67,7 +67,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torc
     return loaded
 
 
-_BY_DEFAULT = ("swa, float32", "swa, bfloat16", "swa, int8 rows", "h2o")
+_BY_DEFAULT = ("swa, bfloat16", "swa, int8 rows")
 
 
 @pytest.mark.parametrize(

@@ -218,8 +218,15 @@ def _make_read_only(store: TokenStore) -> None:
 
 
 @_needs_proc
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("fault", [_cut, _make_read_only])
+@pytest.mark.parametrize(
+    ("fault", "policy"),
+    [
+        (_cut, "dense"),
+        (_make_read_only, "swa"),
+        pytest.param(_cut, "swa", marks=pytest.mark.slow),
+        pytest.param(_make_read_only, "dense", marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_that_goes_bad(
     policy: str, fault: Callable[[TokenStore], None], stock: Any, ids: torch.Tensor, folder: str
 ) -> None:

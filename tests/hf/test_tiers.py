@@ -114,7 +114,7 @@ def expected(model: Any, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("policy", "below"),
     (
-        ("swa", "host"),
+        pytest.param("swa", "host", marks=pytest.mark.slow),
         ("churn", "disk"),
         pytest.param("swa", "disk", marks=pytest.mark.slow),
         pytest.param("churn", "host", marks=pytest.mark.slow),
@@ -170,11 +170,11 @@ def _living() -> dict[int, int]:
 @pytest.mark.parametrize(
     "options",
     (
-        {"sparsity": 0.0},
+        pytest.param({"sparsity": 0.0}, marks=pytest.mark.slow),
         {"kv_dtype": "int8"},
-        {"policy": "local"},
+        pytest.param({"policy": "local"}, marks=pytest.mark.slow),
         {"policy": "h2o"},
-        {"head_mode": "per_kv_head", "refresh": 5},
+        pytest.param({"head_mode": "per_kv_head", "refresh": 5}, marks=pytest.mark.slow),
         {"policy": "churn", "kv_dtype": "int8"},
     ),
     ids=str,
@@ -195,7 +195,7 @@ def test_phase_one_to_two_in_a_padded_batch(options: dict[str, Any]) -> None:
     assert report["peak_bytes"]["device"] <= 0.7 * full
 
 
-@pytest.mark.parametrize("chunk", [64, 250])
+@pytest.mark.parametrize("chunk", [pytest.param(64, marks=pytest.mark.slow), 250])
 def test_a_prompt_in_chunks_longer_than_the_device(chunk: int, model: Any, prompt: torch.Tensor) -> None:
     """Exact at sparsity 0: chunks attend to a history that streams through the device."""
     want = generate(model, prompt, max_new_tokens=20)
@@ -204,7 +204,7 @@ def test_a_prompt_in_chunks_longer_than_the_device(chunk: int, model: Any, promp
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("options", ({"sparsity": 0.0}, {}), ids=str)
+@pytest.mark.parametrize("options", (pytest.param({"sparsity": 0.0}, marks=pytest.mark.slow), {}), ids=str)
 def test_further_turns(options: dict[str, Any], model: Any, prompt: torch.Tensor) -> None:
     """A conversation that outgrows the device, on one cache."""
     tokens = []

@@ -27,7 +27,7 @@ SLOW = pytest.mark.slow
 CASES = pytest.mark.parametrize(
     ("layers", "options"),
     (
-        (4, {"sparsity": 0.0}),
+        pytest.param(4, {"sparsity": 0.0}, marks=SLOW),
         (4, {"kv_dtype": "int8"}),
         (4, {"sparsity": 0.8}),
         pytest.param(16, {"sparsity": 0.8}, marks=SLOW),
@@ -160,7 +160,7 @@ def _tiered_code(layers: int, **options: Any) -> str:
     return code
 
 
-@pytest.mark.parametrize("options", ({}, {"kv_dtype": "int8"}, {"sparsity": 0.0}), ids=str)
+@pytest.mark.parametrize("options", (pytest.param({}, marks=SLOW), {"kv_dtype": "int8"}, {"sparsity": 0.0}), ids=str)
 def test_transfers_come_in_order(options: dict[str, Any]) -> None:
     """Order, with Inductor's default settings: a layer waits just before its append and starts after its selection.
 

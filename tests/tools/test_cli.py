@@ -291,6 +291,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "alisa, 80 % sparsity: 12 tokens in" in err
 
 
+@pytest.mark.slow
 def test_demo_without_sparsity_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--sparsity", "0", "--max-new-tokens", "12", "--prompt-tokens", "120", "--quiet"]
     assert cli.main(["demo", *FAST, *flags]) == 0
