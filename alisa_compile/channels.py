@@ -171,8 +171,8 @@ def backend(gm, example_inputs):
 
 try:
     torch.compile(Step(), backend=backend)(*inputs)
-except torch._dynamo.exc.BackendCompilerFailed as error:
-    raise error.inner_exception from None
+except Exception as error:  # torch wraps what a backend raises
+    raise getattr(error, "inner_exception", error) from None
 '''
 
 

@@ -200,9 +200,14 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def is_overload(target: Any) -> bool:
+    """Whether a call's target is one overload of an operator (`aten.add.Tensor`; checked on 2.13)."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
 def schemas_of(target: Any) -> list[Any]:
     """The schemas that a call of a `torch.ops` target may have; none for other callables and for methods."""
-    if isinstance(target, torch._ops.OpOverload):
+    if is_overload(target):
         return [target._schema]
     if isinstance(target, torch._ops.OpOverloadPacket):
         return [getattr(target, name)._schema for name in target.overloads()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -106,11 +106,23 @@ class Alisa:
 
 
 class Transformers:
-    """One of transformers' caches: dynamic, static, offloaded, or quantized by fp8, quanto or hqq."""
+    """One of transformers' caches: dynamic, static, offloaded, or quantized by fp8, quanto or hqq.
 
-    def __init__(self, model: Any, history: History, room: int, kind: str, compiled: bool = False) -> None:
+    chosen: those of the history's sequences that it has; all by default.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        history: History,
+        room: int,
+        kind: str,
+        compiled: bool = False,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
         self.model, self.history, self.room, self.kind = model, history, room, kind
-        self.token = torch.full((history.batch, 1), 5)
+        self.chosen = list(range(history.batch) if chosen is None else chosen)
+        self.token = torch.full((len(self.chosen), 1), 5)
         entry = _entry()
         # A static cache has static shapes; the others grow, which torch finds out at the second length.
         options: dict[str, Any] = {"dynamic": False} if kind == "static" else {}
@@ -137,6 +149,8 @@ class Transformers:
         self.length = self.history.tokens
         if self.length:
             key, value = self.history.states()
+            if len(self.chosen) < self.history.batch:
+                key, value = key[self.chosen], value[self.chosen]
             if as_int8:
                 key, value = (dequantize_row(*quantize_row(states), states.dtype) for states in (key, value))
             for layer in range(self.model.config.num_hidden_layers):
@@ -154,8 +168,8 @@ class Transformers:
         elif self.kind == "static":
             capacity = self.history.tokens + self.room
             mask = torch.arange(capacity) <= self.length
-            inputs["attention_mask"] = mask.expand(self.history.batch, 1, 1, -1)
-        positions = torch.full((self.history.batch, 1), self.length)
+            inputs["attention_mask"] = mask.expand(len(self.chosen), 1, 1, -1)
+        positions = torch.full((len(self.chosen), 1), self.length)
         logits: torch.Tensor = self._forward(
             self.model, input_ids=self.token, position_ids=positions, past_key_values=self.cache, use_cache=True,
             **inputs,

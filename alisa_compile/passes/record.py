@@ -357,7 +357,7 @@ def _target(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return f".{node.target}" if node.op == "call_method" else node.target
     name = getattr(node.target, "__name__", str(node.target))
-    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else str(name)
+    return str(node.target) if compat.is_overload(node.target) else str(name)
 
 
 def _plain_name(name: str) -> str:

@@ -157,6 +157,21 @@ def test_the_gate_of_decode_sees_other_rows() -> None:
         decode.check(ours)
 
 
+@torch.no_grad()
+def test_the_gate_of_decode_looks_at_both_ends_of_a_batch() -> None:
+    """It compares some sequences of many: the last one is among them."""
+    model = llama("tiny", torch.float32, 400)
+    ours = Alisa(model, History(8, 128, 2, 16, torch.float32), 64, sparsity=0.8, inner_compiler="eager")
+    for sequence in (None, 0, 7):
+        ours.fill()
+        if sequence is None:
+            decode.check(ours)
+            continue
+        ours.store.pool[ours.store.table[0, sequence, 0, :128].long(), 0] *= 1.5
+        with pytest.raises(GateFailed, match="off those of stock transformers"):
+            decode.check(ours)
+
+
 def test_memory_is_what_torch_allocates() -> None:
     """Held, peak, and a second stage that frees what the first one made."""
     held: list[torch.Tensor] = []
