@@ -41,6 +41,7 @@ __all__ = [
     "load_cpp_library",
     "mark_dynamic",
     "mark_static",
+    "mark_static_address",
     "module_source",
     "name_input_source",
     "optimized_module_backend",
@@ -50,6 +51,7 @@ __all__ = [
     "storage_id",
     "symbolic_expression",
     "trace_artifact",
+    "trace_op_as",
     "traced_size",
     "without_rope_update",
 ]
@@ -81,6 +83,11 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Ask Dynamo for a symbol in this dimension instead of a constant; sizes 0 and 1 are always constants."""
     with compile_lock:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Tell CUDA graphs that a tensor stays where it is: they change it in place, and record again if it moves."""
+    torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 @contextlib.contextmanager
@@ -234,6 +241,23 @@ def load_cpp_library(source: str) -> Any:
 
     # Inductor turns both off because it vectorises by itself.
     return Cache.load(source, extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
+
+
+def trace_op_as(library: torch.library.Library, name: str, trace: Callable[..., Any]) -> None:
+    """Let `trace(mode, call_op, *args)` say what enters a graph when AOTAutograd traces a call of an op: what is called
+    within `mode`, or with `call_op()` the call itself. As `torch.library.triton_op` does, for an op of `Library.define`
+    (checked on 2.13)."""
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+    def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        def call_op() -> Any:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+
+        if kwargs or not all(issubclass(kind, FunctionalTensor) for kind in types):
+            return call_op()
+        return trace(mode, call_op, *args)
+
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)
 
 
 def profiler_is_on() -> bool:

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from alisa_compile import compat
+from alisa_compile.passes import pipeline
+from alisa_compile.passes.uuid import package_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +102,7 @@ def _compare(first: Run, second: Run) -> None:
 
 
 def test_a_second_process_compiles_nothing_and_another_version_everything(tmp_path: Path) -> None:
-    """Two misses; two hits in a fresh process; two misses again after one more comment in a kernel's folder.
+    """Two misses; two hits in a fresh process; two misses again after one more comment in a Triton kernel's file.
 
     The tokens after the hits are stock's, over two runs on one store, so the cached code mutates the store in place
     and reads what it wrote.
@@ -106,11 +111,42 @@ def test_a_second_process_compiles_nothing_and_another_version_everything(tmp_pa
     first, second = (_run(cache, root, sparsity=0.0) for _ in range(2))
     _compare(first, second)
     assert second.data["tokens"][1] == second.data["expected"]
-    with (root / "alisa_compile/kernels/kv_append/reference.py").open("a") as file:
+    with (root / "alisa_compile/kernels/swa_attention/triton.py").open("a") as file:
         file.write("# another version\n")
     third = _run(cache, root, sparsity=0.0)
     assert third.caches() == COLD
     assert third.data["tokens"] == first.data["tokens"]
+
+
+def test_every_kernel_and_lowering_is_in_the_key(tmp_path: Path) -> None:
+    """What Inductor's key gets of this package changes with each file that a graph's code may come from."""
+    root = tmp_path / "alisa_compile"
+    shutil.copytree(ROOT / "alisa_compile", root, ignore=shutil.ignore_patterns("__pycache__"))
+    before = package_fingerprint(root)
+    files = [*root.glob("kernels/*/triton.py"), *root.glob("kernels/*.py"), *root.glob("kernels/**/*.cpp")]
+    assert root / "kernels/inlining.py" in files and len({path.parent for path in files}) > 8
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n")
+        assert package_fingerprint(root) != before, path
+        path.write_bytes(content)
+    assert package_fingerprint(root) == before
+
+
+def test_inductor_asks_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that carries the fingerprint is among the options that every graph of ours is compiled with."""
+    patches: list[dict[str, Any]] = []
+
+    def compile_inductor(gm: Any, inputs: Any, mode: Any, options: dict[str, Any]) -> Any:
+        patches.append(options)
+        return gm.forward
+
+    monkeypatch.setattr(compat, "compile_inductor", compile_inductor)
+    x = torch.ones(3)
+    assert torch.equal(torch.compile(lambda x: x + 1, backend="alisa")(x), x + 1)
+    present = patches[0]["post_grad_custom_post_pass"]
+    passes = present if isinstance(present, tuple) else (present,)
+    assert package_fingerprint(extra=pipeline.identity()) in [each.uuid() for each in passes]
 
 
 @pytest.mark.slow

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from .inlining import inline_kernels
 from .native import native_first
 
 LIBRARY = torch.library.Library("alisa", "DEF")
 
-# An op that reads a length on the host has to run outside the capture of a CUDA graph.
+# A call of an op runs outside the capture of a CUDA graph: it may read a length on the host. What Inductor gets of an
+# op in its place, the kernels of `inlining.py` and decomposed ones, may be captured.
 _READS_ON_HOST = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -26,17 +28,19 @@ def define(
     *,
     native: bool = False,
     cuda: Callable[..., Any] | None = None,
-    capturable: bool = False,
+    inlined: bool = False,
 ) -> None:
     """Define one op for every device: `schema` without the namespace, its implementation and its shape function.
 
     native: `native.cpp` has a kernel of it for CPU tensors. cuda: the implementation for CUDA tensors, if it has one.
-    capturable: that one reads nothing on the host, so that a CUDA graph may hold it.
+    inlined: in a graph for CUDA tensors, Inductor gets the Triton kernels in the place of a call of the op.
     """
     name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=_READS_ON_HOST)
+    if inlined:
+        inline_kernels(LIBRARY, name, implementation)
     if native:
         implementation = native_first(name, implementation)
-    LIBRARY.define(schema, tags=() if capturable else _READS_ON_HOST)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     if cuda is not None:
         LIBRARY.impl(name, cuda, "CUDA")

@@ -33,15 +33,21 @@ def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_first(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation of an op for CUDA tensors: the Triton function beside `reference`, or else `reference`."""
-    name = reference.__name__
+def launch_function(reference: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+    """Finds, when called, the function of the same name in the `triton.py` beside `reference`."""
 
     @functools.cache
-    def launch() -> Callable[..., Any]:
+    def find() -> Callable[..., Any]:
         module = importlib.import_module(reference.__module__.rpartition(".")[0] + ".triton")
-        function: Callable[..., Any] = getattr(module, name)
+        function: Callable[..., Any] = getattr(module, reference.__name__)
         return function
+
+    return find
+
+
+def triton_first(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation of an op for CUDA tensors: the Triton function beside `reference`, or else `reference`."""
+    launch = launch_function(reference)
 
     def implementation(*args: Any) -> Any:
         if not is_installed():

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
+from torch._dynamo.utils import counters
 
 import alisa_compile
 from alisa_compile.kernels.cuda_transfers import HostMemory
@@ -88,6 +90,24 @@ def test_generate_with_a_quarter_of_the_kv_on_the_gpu() -> None:
         alisa_compile.release(compiled)
     assert torch.equal(*tokens)
     assert moved > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8"}, {"policy": "h2o"}], ids=str)
+def test_cuda_graphs_of_decode_steps(options: dict[str, Any]) -> None:
+    """What Inductor generates around our kernels, captured and replayed: the tokens of the steps that are not."""
+    model = tiny_model("llama").cuda()
+    ids = torch.randint(2, 128, (2, 300), generator=torch.Generator().manual_seed(0)).cuda()
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
+    tokens = []
+    for cuda_graphs in (False, True):
+        compiled = torch.compile(model, backend="alisa", options=options)
+        skipped = counters["inductor"]["cudagraph_skips"]
+        with torch._inductor.config.patch({"triton.cudagraphs": cuda_graphs}):
+            tokens.append(compiled.generate(ids, **asked))
+        assert counters["inductor"]["cudagraph_skips"] == skipped
+        alisa_compile.release(compiled)
+        torch._dynamo.reset()
+    assert torch.equal(*tokens)
 
 
 def test_kernels_on_the_gpu() -> None:

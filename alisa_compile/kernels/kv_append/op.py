@@ -35,6 +35,7 @@ define(
     _fake,
     native=True,
     cuda=triton_first(kv_append),
+    inlined=True,
 )
 define(
     "kv_append.tiered(Tensor(a!) pool, Tensor(b!)? scales, Tensor(c!) table, Tensor(d!) length, Tensor(e!) valid, "

@@ -9,15 +9,22 @@ import torch
 import triton
 import triton.language as tl
 
+from ..inlining import is_tracing, layer_code, traceable
 from ..triton_launch import require
 
 _TILE = 2048
 _MASK_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["layer", "capacity", "new_tokens"])
+@triton.jit
+def layer_of(layer_code):
+    """See `inlining.layer_code`."""
+    return (layer_code - 3) // 2
+
+
+@triton.jit(do_not_specialize=["layer_code", "capacity", "new_tokens"])
 def write_rows(
-    key, value, key_scale, value_scale, pool, scales, table, length, layer, capacity, new_tokens,
+    key, value, key_scale, value_scale, pool, scales, table, length, layer_code, capacity, new_tokens,
     key_b, key_h, key_t, key_d, value_b, value_h, value_t, value_d,
     GROUPS: tl.constexpr, SLOT_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -28,6 +35,7 @@ def write_rows(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     dim = tl.arange(0, DIM)
     is_token = token < new_tokens
+    layer = layer_of(layer_code)
     position = tl.load(length + layer) + token
     list_row = (layer * (tl.num_programs(0) // KV_HEADS) + sequence) * GROUPS + head // SLOT_HEADS
     slot = tl.load(table + list_row * capacity + position, mask=is_token & (position < capacity), other=-1).to(tl.int64)
@@ -46,14 +54,14 @@ def write_rows(
         tl.store(scales + key_row + SLOT_HEADS, tl.load(value_scale + row, mask=is_token), mask=is_token)
 
 
-@triton.jit(do_not_specialize=["layer", "capacity", "new_tokens", "columns"])
+@triton.jit(do_not_specialize=["layer_code", "capacity", "new_tokens", "columns"])
 def restate_padding(
-    valid, padding_mask, length, layer, capacity, new_tokens, columns, mask_b, mask_c, BLOCK: tl.constexpr
+    valid, padding_mask, length, layer_code, capacity, new_tokens, columns, mask_b, mask_c, BLOCK: tl.constexpr
 ):
-    """The validity bits of everything stored: grid (blocks of columns, B). valid: `[B, C]` int8."""
+    """The validity bits of everything stored: grid (blocks of columns, B). valid: `[B, C]` bool."""
     sequence = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    kept = column < tl.minimum(tl.load(length + layer) + new_tokens, columns)
+    kept = column < tl.minimum(tl.load(length + layer_of(layer_code)) + new_tokens, columns)
     given = tl.load(padding_mask + sequence * mask_b + column * mask_c, mask=kept, other=0)
     tl.store(valid + sequence * capacity + column, (given != 0).to(tl.int8), mask=kept)
 
@@ -77,23 +85,26 @@ def kv_append(
     require(
         pool.is_contiguous() and table.is_contiguous() and valid.is_contiguous(), "a tensor of the store is strided"
     )
+    # One token's K and V are contiguous as models lay them out; a graph's longer blocks have strides that may change.
+    require(new_tokens == 1 or not is_tracing(), "a block of several tokens is one call in a graph")
+    if new_tokens == 1:
+        key, value = key.contiguous(), value.contiguous()
     dim = triton.next_power_of_2(head_dim)
-    tokens = max(1, min(triton.next_power_of_2(new_tokens), _TILE // dim))
+    tokens = 1 if new_tokens == 1 else max(1, _TILE // dim)
     is_int8 = scales is not None and key_scale is not None and value_scale is not None
     if new_tokens:
-        write_rows[batch_size * kv_heads, triton.cdiv(new_tokens, tokens)](
+        traceable(write_rows)[batch_size * kv_heads, triton.cdiv(new_tokens, tokens)](
             key, value,
             key_scale.contiguous() if is_int8 and key_scale is not None else None,
             value_scale.contiguous() if is_int8 and value_scale is not None else None,
-            pool, scales if is_int8 else None, table, length, layer, capacity, new_tokens,
+            pool, scales if is_int8 else None, table, length, layer_code(layer), capacity, new_tokens,
             *key.stride(), *value.stride(),
-            GROUPS=groups, SLOT_HEADS=kv_heads // groups, HEAD_DIM=head_dim, DIM=dim, TOKENS=tokens, num_warps=4,
+            GROUPS=groups, SLOT_HEADS=kv_heads // groups, HEAD_DIM=head_dim, DIM=dim, TOKENS=tokens,
         )  # fmt: skip
     if padding_mask is not None and padding_mask.shape[1]:
-        given = padding_mask.view(torch.int8) if padding_mask.dtype == torch.bool else padding_mask
-        columns = min(capacity, given.shape[1])
-        restate_padding[triton.cdiv(columns, _MASK_BLOCK), batch_size](
-            valid.view(torch.int8), given, length, layer, capacity, new_tokens, columns, *given.stride(),
+        columns = torch.sym_min(capacity, padding_mask.shape[1])
+        traceable(restate_padding)[triton.cdiv(columns, _MASK_BLOCK), batch_size](
+            valid, padding_mask, length, layer_code(layer), capacity, new_tokens, columns, *padding_mask.stride(),
             BLOCK=_MASK_BLOCK,
         )  # fmt: skip
     length[layer].add_(new_tokens)  # after both have read it

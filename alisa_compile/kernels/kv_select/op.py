@@ -26,4 +26,11 @@ _STATE = (
     "Tensor(a!) scores, Tensor(b!) rows, Tensor(c!) counts, Tensor mass, Tensor length, Tensor origin, Tensor? valid"
 )
 define(f"kv_seed({_STATE}, SymInt new_tokens, int layer, str spec) -> ()", kv_seed, _fake, native=True)
-define(f"kv_select({_STATE}, int layer, str spec) -> ()", kv_select, _fake, native=True, cuda=triton_first(kv_select))
+define(
+    f"kv_select({_STATE}, int layer, str spec) -> ()",
+    kv_select,
+    _fake,
+    native=True,
+    cuda=triton_first(kv_select),
+    inlined=True,
+)

@@ -39,7 +39,7 @@ define(
     _fake,
     native=True,
     cuda=triton_first(swa_attention),
-    capturable=True,
+    inlined=True,
 )
 define(
     f"swa_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", swa_attention_tiered, _fake, native=True

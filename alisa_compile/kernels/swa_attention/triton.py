@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import multiprocessors, require, rows_with_unit_stride, tuned
+from ..inlining import traceable
+from ..triton_launch import multiprocessors, require, tuned
 
 _LOG2_E = 1.4426950408889634
 _MOST_SPLITS = 64
@@ -24,9 +25,9 @@ _MASS_BLOCK = 128
 
 
 @triton.jit
-def attended_entries(length, counts, layer, index):
+def attended_entries(length, counts, index):
     """How many entries a (sequence, group) attends to, and whether they are those of its list: else all positions."""
-    tokens = tl.load(length + layer).to(tl.int32)
+    tokens = tl.load(length).to(tl.int32)
     if counts is None:
         entries, is_listed = tokens, tokens < 0
     else:
@@ -59,14 +60,14 @@ def _fits(*, config: triton.Config, capability: int, query: torch.Tensor, HEADS:
     {"BLOCK": 32, "num_warps": 8, "num_stages": 4},
     {"BLOCK": 64, "num_warps": 8, "num_stages": 7},
 )
-@triton.jit(do_not_specialize=["layer", "capacity", "width"])
+@triton.jit(do_not_specialize=["capacity", "width"])
 def attend_share(
     query, pool, scales, table, length, valid, rows, counts, logits, partial, partial_lse,
-    layer, capacity, width, scale_log2, query_stride_b, query_stride_h,
-    GROUPS: tl.constexpr, SLOT_HEADS: tl.constexpr, RATIO: tl.constexpr, HEADS: tl.constexpr,
+    capacity, width,
+    SCALE_LOG2: tl.constexpr, GROUPS: tl.constexpr, SLOT_HEADS: tl.constexpr, RATIO: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One share of the rows of one KV head: grid (B * Hkv, SPLITS).
+    """One share of the rows of one KV head: grid (B * Hkv, SPLITS). table, length, rows and counts: the layer's part.
 
     logits: `[B, Hq, C]` float32 in units of log 2, or None; partial: `[B, Hq, SPLITS, D]`, partial_lse: `[B, Hq,
     SPLITS]`, both float32. HEADS, DIM: RATIO and HEAD_DIM as powers of two that `tl.dot` takes.
@@ -76,9 +77,8 @@ def attend_share(
     kv_head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
     group = kv_head // SLOT_HEADS
-    batch_size = tl.num_programs(0) // KV_HEADS
-    index = ((layer * batch_size + sequence) * GROUPS + group).to(tl.int64)
-    entries, is_listed = attended_entries(length, counts, layer, index)
+    index = (sequence * GROUPS + group).to(tl.int64)
+    entries, is_listed = attended_entries(length, counts, index)
     share = tl.cdiv(tl.cdiv(entries, SPLITS), 16) * 16
     start = split * share
     end = tl.minimum(start + share, entries)
@@ -88,10 +88,10 @@ def attend_share(
     is_head = head < RATIO
     is_dim = dim < HEAD_DIM
     first_head = kv_head * RATIO
-    query_row = query + sequence.to(tl.int64) * query_stride_b + (first_head + head)[:, None] * query_stride_h
+    output_row = sequence.to(tl.int64) * (KV_HEADS * RATIO) + first_head + head
+    query_row = query + output_row[:, None] * HEAD_DIM
     q = tl.load(query_row + dim[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0)
     key_offset = (kv_head % SLOT_HEADS) * HEAD_DIM
-    output_row = sequence.to(tl.int64) * (KV_HEADS * RATIO) + first_head + head
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -112,7 +112,7 @@ def attend_share(
         is_read = attends[:, None] & is_dim[None, :]
         k = tl.load(row, mask=is_read, other=0)
         v = tl.load(row + SLOT_HEADS * HEAD_DIM, mask=is_read, other=0)
-        logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale_log2
+        logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * SCALE_LOG2
         if scales is not None:
             row_scale = scales + slot * (2 * SLOT_HEADS) + kv_head % SLOT_HEADS
             logit *= tl.load(row_scale, mask=attends, other=0.0)[None, :]
@@ -137,9 +137,9 @@ def attend_share(
     tl.store(partial + part[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_head[:, None] & is_dim[None, :])
 
 
-@triton.jit(do_not_specialize=["layer", "capacity"])
+@triton.jit(do_not_specialize=["capacity"])
 def merge_shares(
-    logits, partial, partial_lse, out, mass, length, counts, layer, capacity,
+    logits, partial, partial_lse, out, mass, length, counts, capacity,
     GROUPS: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -167,8 +167,7 @@ def merge_shares(
         acc /= tl.where(total == 0.0, 1.0, total)
         tl.store(out + row * HEAD_DIM + dim, acc.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
     if mass is not None:
-        batch_size = tl.num_programs(0) // GROUPS
-        entries, _ = attended_entries(length, counts, layer, layer * batch_size * GROUPS + group_row)
+        entries, _ = attended_entries(length, counts, group_row)
         for first in range(program * BLOCK, entries, programs * BLOCK):
             entry = first + tl.arange(0, BLOCK)
             received = tl.zeros([BLOCK], tl.float32)
@@ -210,7 +209,7 @@ def swa_attention(
     ratio = query_heads // kv_heads
     heads, dim = max(_LEAST_HEADS, triton.next_power_of_2(ratio)), max(16, triton.next_power_of_2(head_dim))
     require(heads * dim <= _MOST_ELEMENTS, f"{ratio} query heads of {head_dim} share a KV head")
-    query = rows_with_unit_stride(query)
+    query = query.contiguous()
     out = torch.empty((batch_size, query_heads, 1, head_dim), dtype=query.dtype, device=query.device)
     is_sparse = rows is not None and counts is not None
     mass = torch.empty((batch_size, groups, capacity if is_sparse else 0), dtype=torch.float32, device=query.device)
@@ -221,21 +220,23 @@ def swa_attention(
     logits = None
     if is_sparse:
         logits = torch.empty((batch_size, query_heads, capacity), dtype=torch.float32, device=query.device)
-    attend_share[batch_size * kv_heads, splits](
-        query, pool, scales, table, length, valid, rows if is_sparse else None, counts if is_sparse else None,
-        logits, partial, partial_lse,
-        layer, capacity, 0 if rows is None else rows.shape[-1], scale * _LOG2_E, query.stride(0), query.stride(1),
+    of_layer = (table[layer], length[layer])
+    lists = (rows[layer], counts[layer]) if rows is not None and counts is not None else (None, None)
+    traceable(attend_share)[batch_size * kv_heads, splits](
+        query, pool, scales, *of_layer, valid, *lists, logits, partial, partial_lse,
+        capacity, 0 if rows is None else rows.shape[-1],
+        SCALE_LOG2=scale * _LOG2_E,  # a constant: Inductor would pass a number in float64
         GROUPS=groups, SLOT_HEADS=slot_heads, RATIO=ratio, HEADS=heads, HEAD_DIM=head_dim, DIM=dim,
         SPLITS=splits,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     group_heads = query_heads // groups
-    blocks = max(group_heads, min(triton.cdiv(capacity, _MASS_BLOCK), 4 * multiprocessors(query.device)))
-    merge_shares[batch_size * groups, blocks if is_sparse else group_heads](
-        logits, partial, partial_lse, out, mass if is_sparse else None, length, counts if is_sparse else None,
-        layer, capacity,
+    # As many for every capacity: a grid that depends on it would be one more number of the graph.
+    programs = max(group_heads, 4 * multiprocessors(query.device) // (batch_size * groups))
+    traceable(merge_shares)[batch_size * groups, int(programs) if is_sparse else group_heads](
+        logits, partial, partial_lse, out, mass if is_sparse else None, length[layer], lists[1], capacity,
         GROUPS=groups, GROUP_HEADS=group_heads, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits, CHUNK=min(16, splits),
-        BLOCK_HEADS=min(32, triton.next_power_of_2(group_heads)), BLOCK=_MASS_BLOCK, num_warps=4,
+        BLOCK_HEADS=min(32, triton.next_power_of_2(group_heads)), BLOCK=_MASS_BLOCK,
     )  # fmt: skip
     return out, mass
 
@@ -245,5 +246,5 @@ def _splits(kv_heads: int, processors: int) -> int:
 
     kv_heads: of all sequences. It depends on neither length nor capacity, so neither do the sums.
     """
-    wanted = max(1, min(_MOST_SPLITS, 4 * processors // kv_heads))
+    wanted = int(max(1, min(_MOST_SPLITS, 4 * processors // kv_heads)))
     return 1 << (wanted.bit_length() - 1)

@@ -34,7 +34,7 @@ class Compiled:
     stages: int
 
 
-class _Driver:
+class CompileOnlyDriver:
     """Stands in for a GPU of one kind; kernels are compiled for it and never launched."""
 
     def __init__(self, capability: int) -> None:
@@ -62,7 +62,7 @@ def _compile_only(capability: int, kernels: list[Any]) -> Iterator[None]:
 
     run, driver = JITFunction.run, triton.runtime.driver
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_active", _Driver(capability))
+        patch.setattr(driver, "_active", CompileOnlyDriver(capability))
         patch.setattr(JITFunction, "run", compile_one)
         patch.setattr(Autotuner, "run", compile_each)
         yield
@@ -77,10 +77,11 @@ def compile_launches(capability: int, launch: Callable[[], Any]) -> list[Compile
     with _compile_only(capability, kernels):
         launch()
     assert kernels, "nothing was launched"
-    return [_inspect(kernel, capability) for kernel in kernels]
+    return [inspect_kernel(kernel, capability) for kernel in kernels]
 
 
-def _inspect(kernel: Any, capability: int) -> Compiled:
+def inspect_kernel(kernel: Any, capability: int) -> Compiled:
+    """What a compiled kernel asks of a GPU."""
     usage = _resource_usage(kernel.asm["cubin"])
     return Compiled(
         kernel.metadata.name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def _same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), ROWS, ids=str)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("index", [torch.int32, pytest.param(torch.int64, marks=pytest.mark.slow)], ids=str)
 def test_rows_go_where_they_should(shape: tuple[int, ...], dtype: torch.dtype, index: torch.dtype) -> None:
     """Some left out on either side; 0, 1, and more rows than a program takes."""
     for count in (0, 1, 63, 130):
@@ -69,10 +71,21 @@ def test_gather_and_scatter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         _same(target, expected)
 
 
-@pytest.mark.parametrize("groups", [1, 2], ids=["shared", "per head"])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "cast", "int8"])
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-@pytest.mark.parametrize("dim", [16, 80])
+_KINDS = ("float32", "bfloat16", "cast", "int8")
+#: Each value of each with each kind of rows; the others are slow.
+_APPENDS = {
+    (1, "float32", 1, 80), (2, "float32", 40, 16), (1, "bfloat16", 5, 16), (2, "bfloat16", 1, 80),
+    (1, "cast", 40, 80), (2, "cast", 1, 16), (2, "int8", 5, 80), (1, "int8", 1, 16), (2, "int8", 40, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("groups", "kind", "tokens", "dim"),
+    [
+        pytest.param(*case, marks=[] if case in _APPENDS else pytest.mark.slow)
+        for case in itertools.product((1, 2), _KINDS, (1, 5, 40), (16, 80))
+    ],
+)
 def test_append(groups: int, kind: str, tokens: int, dim: int) -> None:
     """Decode and blocks, rows as models lay them out, a mask that re-states the history, nothing else touched."""
     layers, batch, heads, capacity, stored = 2, 2, 2, 70, 13
