@@ -7,6 +7,14 @@ than the cache. Calls rotate through layers, so that rows come from memory. The 
 in ascending order: no recent run of neighbours, which a real one has, helps. No time is printed unless the output and
 the mass are those of the plain-torch reference in float64.
 
+Why the share of the linear read stays below 0.7 (AMD EPYC with AVX-512, 2 threads, 16k tokens, 80 %): in the process
+that made results/decode_attention.json the gather floor itself is 0.61 of the linear read with bf16 rows and 0.57 with
+int8 rows, and the kernel 0.97 and 0.88 of that floor. The same floor in a process without Python was 0.81 to 0.95 of
+the linear read, from one process to the next. With all rows in the first cache the kernel's blocks take 158 us (bf16)
+and 150 us (int8): 11 to 12 ns for a row of a KV head and its four query heads, about a fifth of it the softmax. From
+memory they take 326 and 207 us where linear reads run at 64 GB/s. There 0.7 would be 300 and 154 us, so int8 rows would
+have to be read wholly behind the arithmetic; at 40 GB/s it would be 479 and 247 us.
+
     python -m benchmarks.decode_attention [--rounds 7] [--threads 2] [--quick] [--json FILE]
 """
 
@@ -39,6 +47,8 @@ RATIO = {torch.bfloat16: 6.0, torch.int8: 8.0}  # times torch's attention, at 16
 _READ = r"""
 #include <torch/csrc/stable/c/shim.h>
 #include <cstdint>
+#include <cstring>
+typedef int64_t Line __attribute__((vector_size(64)));
 extern "C" void read_all(const int64_t* words, int64_t* sums, int64_t parts, int64_t part) {
   struct Work { const int64_t* words; int64_t* sums; int64_t part; } work{words, sums, part};
   torch_parallel_for(0, parts, 1, [](int64_t begin, int64_t end, void* context) {
@@ -50,7 +60,9 @@ extern "C" void read_all(const int64_t* words, int64_t* sums, int64_t parts, int
     }
   }, &work);
 }
-// Whole rows of `words` int64 each and, unless null, their `scale_words` of scales: by slot, four rows ahead.
+// Whole rows of `words` int64 each and, unless null, their `scale_words` of scales: by slot, 16 rows ahead, two lines
+// at a time. Four lines of a row in a burst cost up to a quarter of the bandwidth, probably through what the processor
+// then fetches behind the row by itself.
 extern "C" void read_rows(const int64_t* pool, const int64_t* scales, const int32_t* slots, int64_t* sums,
                           int64_t parts, int64_t count, int64_t words, int64_t scale_words) {
   struct Work { const int64_t *pool, *scales; const int32_t* slots; int64_t *sums, parts, count, words, scale_words; };
@@ -60,16 +72,22 @@ extern "C" void read_rows(const int64_t* pool, const int64_t* scales, const int3
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = own.count * p / own.parts, last = own.count * (p + 1) / own.parts;
       int64_t sum = 0;
+      Line sums[2] = {};
       for (int64_t i = first; i < last; ++i) {
-        const int64_t later = own.slots[i + 4 < own.count ? i + 4 : i];
+        const int64_t later = own.slots[i + 16 < own.count ? i + 16 : own.count - 1];
         const int64_t *row = own.pool + own.slots[i] * own.words, *ahead = own.pool + later * own.words;
-        for (int64_t line = 0; line < own.words; line += 8) {
-          __builtin_prefetch(ahead + line);
-          for (int64_t k = 0; k < 8; ++k) sum += row[line + k];
+        for (int64_t at = 0; at < own.words; at += 16) {
+          __builtin_prefetch(ahead + at);
+          __builtin_prefetch(ahead + at + 8);
+          Line lines[2];
+          std::memcpy(lines, row + at, sizeof(lines));
+          sums[0] += lines[0];
+          sums[1] += lines[1];
         }
         if (own.scale_words) __builtin_prefetch(own.scales + later * own.scale_words);
         for (int64_t k = 0; k < own.scale_words; ++k) sum += own.scales[own.slots[i] * own.scale_words + k];
       }
+      for (int64_t k = 0; k < 8; ++k) sum += sums[0][k] + sums[1][k];
       own.sums[p] = sum;
     }
   }, &work);

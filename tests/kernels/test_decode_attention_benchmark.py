@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from alisa_compile.kernels import native
 from benchmarks import decode_attention
 
-
-@pytest.fixture(autouse=True)
-def built() -> None:
-    """Skips where no compiler is: there is nothing to measure then."""
-    if not native.register_native():
-        pytest.skip("the native kernels cannot be built here")
+pytestmark = pytest.mark.usefixtures("built")
 
 
 def test_the_short_form_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

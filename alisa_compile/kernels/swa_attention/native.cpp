@@ -130,9 +130,13 @@ struct Int8Dot {
 };
 #endif
 
-// Rows advance in groups of so many bytes a head: a group and the one that is asked for meanwhile fit the first cache.
+// Rows advance in groups of so many bytes a head: a group and the one that comes next fit the first cache.
 template <class Row>
 constexpr int64_t kGroup = 16 / sizeof(Row);
+
+// What is asked for is due so many rows later: a group's, or all of a tile's keys and values where that was faster.
+template <class Row>
+constexpr int64_t kAhead = kAsksSecondCache<Row> ? 2 * kTile : kGroup<Row>;
 
 // logits[h * kTile + i] = query[h] . rows[i] for a group of rows and kHeads query heads.
 template <class Dot, int kHeads>
@@ -418,17 +422,20 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
       for (int64_t j = 0; j < 2 * heads; j += 16) __builtin_prefetch(scales[first_row + kTile + i] + j);
       for (int64_t j = 0; j < 2 * heads; ++j) tile_scratch.scales[j * kTile + i] = row[j];
     }
-    // All keys of the tile, all values, then the keys of the next: what is asked for is what comes a group later.
-    const Row* stream[2 * kTile + kRows];
-    for (int64_t i = 0; i < kTile; ++i) stream[i] = rows[i];
-    for (int64_t i = 0; i < kTile; ++i) stream[kTile + i] = rows[i] + heads * dim;
-    for (int64_t i = 0; i < kRows; ++i) stream[2 * kTile + i] = rows[kTile + i];
+    // All keys of the tile, all values, then those of the next: what is asked for is what comes `kAhead` later.
+    const Row* stream[4 * kTile];
+    for (int64_t i = 0; i < kTile; ++i) {
+      stream[i] = rows[i];
+      stream[kTile + i] = rows[i] + heads * dim;
+      stream[2 * kTile + i] = rows[kTile + i];
+      stream[3 * kTile + i] = rows[kTile + i] + heads * dim;
+    }
     for (int64_t i = 0; i < tile_rows; i += kRows) {
       for (int64_t head = 0; head < heads; ++head) {
         by_heads<Acc>(ratio, [&](int64_t first, auto size) {
           const int64_t h = head * ratio + first;
           const auto* group = stream + i;
-          dot_rows<Dot, decltype(size)::value>(group, first == 0 ? group + kRows : group, head * dim,
+          dot_rows<Dot, decltype(size)::value>(group, first == 0 ? group + kAhead<Row> : group, head * dim,
                                                query + h * padded, dim, padded, weights + h * kTile + i);
         });
       }
@@ -443,7 +450,7 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
           const int64_t h = head * ratio + first, size_of_group = std::min(kRows, tile_rows - i);
           constexpr int kHeads = decltype(size)::value;
           const auto* group = stream + kTile + i;
-          const auto* ahead = first == 0 ? group + kRows : group;
+          const auto* ahead = first == 0 ? group + kAhead<Row> : group;
           const auto* values = tile_scratch.values + h * kTile + i;
           const Acc* factors = i == 0 ? tile_scratch.factors + h : ones;
           Acc* out = partial.out + h * padded;
