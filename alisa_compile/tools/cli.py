@@ -169,7 +169,7 @@ def _add_eval_flags(parser: _Parser) -> None:
     def flag(name: str, reader: Callable[[str], Any], default: Any, metavar: str, text: str) -> None:
         parser.add_argument(name, type=reader, default=default, metavar=metavar, help=f"{text} (default: %(default)s)")
 
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8, not in the training text")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="to measure on: UTF-8, not in the training text")
     flag("--policies", _names, ",".join(p for p in POLICIES if p not in ("dense", "churn")), "A,B,...", "to compare")
     flag("--sparsities", _numbers, "0.2,0.4,0.6,0.8,0.9", "X,Y,...", "0 to below 1; dense comes by itself")
     parser.add_argument(
@@ -197,6 +197,30 @@ def _add_eval_flags(parser: _Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; cells that are in it are not measured again")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="such as accuracy.png; needs matplotlib")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    _add_suite_flags(parser)
+
+
+def _add_suite_flags(parser: _Parser) -> None:
+    group = parser.add_argument_group(
+        "the paper's data sets, instead of --text",
+        "Scored by EleutherAI's lm-evaluation-harness (pip install 'alisa-compile[eval]') with local files, nothing is "
+        "downloaded. FOLDER/TASK/SPLIT.jsonl (or .parquet) has the fields of the data set that the harness's task of "
+        "that name reads. wikitext, ptb, alpaca: split test, perplexity of a word (wikitext: field page; ptb: test.txt "
+        "with one text; alpaca: instruction, input, output, text). piqa, copa, winogrande: validation and train; "
+        "openbookqa: test and train: accuracy, with examples from train in the prompt. --policies, --sparsities, "
+        "--variant, --batch-size, --method, --out and --markdown are as above.",
+    )
+    group.add_argument("--suite", choices=("paper",), help="the tasks of ALISA's evaluation")
+    group.add_argument("--data", type=Path, metavar="FOLDER", help="with a folder for each task")
+    text = "of the suite (default: %(default)s)"
+    names = "wikitext,ptb,alpaca,piqa,copa,openbookqa,winogrande"
+    group.add_argument("--tasks", type=_names, default=names, metavar="A,B,...", help=text)
+    text = "examples in the prompt of a question (default: %(default)s, as in the paper)"
+    group.add_argument("--shots", type=_count, default=4, metavar="N", help=text)
+    text = "only the first N questions or texts of each task, to try it"
+    group.add_argument("--limit", type=_positive, metavar="N", help=text)
+    text = "of each input, read at once and densely; the others decode one by one (default: %(default)s)"
+    group.add_argument("--dense-tokens", type=_positive, default=1, metavar="N", help=text)
 
 
 def _add_plan_flags(parser: _Parser) -> None:

@@ -14,6 +14,7 @@ from .. import __version__
 from ..config import AlisaConfig
 from ..errors import AlisaError
 from ..runtime.profile import processor_name
+from . import suite
 from .accuracy import Row, plot, recall_by_place, summary
 from .loading import Loaded, load
 from .measure import Bench, Line, SampleProgress
@@ -29,6 +30,15 @@ _REFERENCE = AlisaConfig(policy="dense", sparsity=0.0)
 def run(arguments: argparse.Namespace) -> None:
     """Everything that can be refused is refused before the model is loaded."""
     lines = _lines(arguments)
+    if (arguments.suite is None) == (arguments.text is None):
+        raise AlisaError(
+            "there is nothing to measure on, or twice",
+            got="neither --text nor --suite" if arguments.text is None else "both --text and --suite",
+            expected="--text FILE for perplexity and recall on a text of your own, or --suite paper --data FOLDER",
+        )
+    if arguments.suite is not None:
+        _run_suite(arguments, lines)
+        return
     plan = Plan(arguments.recall_lengths, arguments.recall_depths, arguments.trials, arguments.seed)
     _check(arguments)
     text = _read(arguments.text)
@@ -51,6 +61,27 @@ def run(arguments: argparse.Namespace) -> None:
                 _show(rows, arguments, bench)
                 if drawn:
                     plot(rows, rows[0], _title(arguments, loaded), arguments.plot)
+
+
+def _run_suite(arguments: argparse.Namespace, lines: list[Line]) -> None:
+    """The same lines on the paper's data sets."""
+    suite.check(arguments)
+    results = Results(arguments.out, _machine(), arguments.command_line)
+    progress = SampleProgress(quiet=arguments.quiet)
+    with progress:
+        progress.stage(f"loading {arguments.model}")
+        tasks = suite.Suite(arguments, load(arguments.model, arguments.dtype, arguments.device), results)
+        try:
+            for line in lines:
+                tasks.measure(line, progress)
+        finally:
+            # An interruption keeps what is finished, as below.
+            progress.hide()
+            if tasks.has_numbers(lines):
+                print(tasks.table(lines, markdown=arguments.markdown))
+    note = tasks.note()
+    print("\n" + (note if arguments.markdown else textwrap.fill(note, 79)))
+    print(f"\nMeasured by `{arguments.command_line}`\non {_machine()}.")
 
 
 def _lines(arguments: argparse.Namespace) -> list[Line]:

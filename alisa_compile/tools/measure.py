@@ -72,7 +72,7 @@ class Bench:
         self._decoder = Decoder(loaded.model, arguments.method)
         self._shared = {
             "alisa": __version__,
-            "model": _model_fingerprint(loaded.model),
+            "model": model_fingerprint(loaded.model),
             "text": hashlib.sha256(self._tokens.numpy().tobytes()).hexdigest()[:16],
             "prefix": self._prefix.tolist(),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -225,7 +225,7 @@ def _windows(tokens: torch.Tensor, prefix: torch.Tensor, samples: int, length: i
     return torch.stack(pieces) if pieces else tokens.new_empty((0, length))
 
 
-def _model_fingerprint(model: Any) -> str:
+def model_fingerprint(model: Any) -> str:
     """Of the architecture and a thousand values of each weight: enough to tell checkpoints apart, at any size."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

@@ -1,8 +1,8 @@
-"""python -m benchmarks.figures [3 4 8 9 10 11] [--out FOLDER] [--small]
+"""python -m benchmarks.figures [3 4 8 9 10 11 12] [--out FOLDER] [--small]
 
-Each figure becomes `figureNN.json` (all numbers), `figureNN.md` (a table) and `figureNN.png`. Figures 3, 4 and 10 are
-the same to the last bit on every run with the same versions of torch and matplotlib; 8 draws what `alisa eval` has
-measured and 9 what `alisa bench` has; 11 is a measurement of its own.
+Each figure becomes `figureNN.json` (all numbers), `figureNN.md` (a table) and `figureNN.png`; one with several panels
+has a letter after its number. Figures 3, 4 and 10 are the same to the last bit on every run with the same versions of
+torch and matplotlib; 8 draws what `alisa eval` has measured; 9, 11 and 12 measure speed, in minutes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.figures.drawing import save
+from benchmarks.outcome import GateFailed
 from benchmarks.results_file import BadResults
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -26,6 +27,7 @@ MODULES = {
     9: "throughput_by_batch",
     10: "rank_correlation",
     11: "kernel_breakdown",
+    12: "phase_breakdown",
 }
 
 
@@ -44,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for number in tqdm(wanted, unit="figure", file=sys.stderr):
         try:
-            figure = importlib.import_module(f"benchmarks.figures.{MODULES[number]}").make(small=options.small)
-        except BadResults as error:
-            print(f"error: {error}", file=sys.stderr)
+            made = importlib.import_module(f"benchmarks.figures.{MODULES[number]}").make(small=options.small)
+        except (BadResults, GateFailed) as error:
+            print(f"error: figure {number}: {error}", file=sys.stderr)
             return 2
-        save(figure, options.out / f"figure{number:02d}")
-        tqdm.write(f"Figure {number}: {figure.title}\n{figure.table()}\n")
+        for panel, figure in (made if isinstance(made, dict) else {"": made}).items():
+            save(figure, options.out / f"figure{number:02d}{panel}")
+            tqdm.write(f"Figure {number}{panel}: {figure.title}\n{figure.table()}\n")
     return 0
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.tables import number
+
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
@@ -22,8 +24,11 @@ class Figure:
     size: tuple[float, float] = (7.0, 4.0)
 
     def table(self, layout: str = "simple") -> str:
-        """Numbers with three digits."""
-        return str(tabulate(self.rows, self.headers, tablefmt=layout, floatfmt=".3g"))
+        """Numbers with three digits, thousands whole."""
+        rows = self.rows
+        if any(isinstance(value, float) and value >= 1000 for row in rows for value in row):
+            rows = [[number(value) if isinstance(value, float) else value for value in row] for row in rows]
+        return str(tabulate(rows, self.headers, tablefmt=layout, floatfmt=".3g"))
 
 
 def save(figure: Figure, stem: Path) -> None:

@@ -1,7 +1,9 @@
-"""The paper's workload: short prompts, 512 new tokens, many sequences, end to end."""
+"""The paper's workload: short prompts, 512 new tokens, many sequences, end to end, everybody within one budget."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +16,16 @@ from alisa_compile import InfeasibleError
 from alisa_compile.backend import alisa
 from alisa_compile.kernels import native
 from benchmarks.contenders import quiet_transformers
-from benchmarks.memory import allocated
 from benchmarks.outcome import GateFailed, Measure, Outcome
+from benchmarks.schedulers.block_lru import BlockLRU
+from benchmarks.schedulers.static_split import StaticSplit
 from benchmarks.timing import Times, seconds_of
 
 _CHECKED = 32  # tokens
-_RUNS = 2
 
 
-def _model(layers: int, hidden: int, heads: int, length: int) -> Any:
+def opt(layers: int, hidden: int, heads: int, length: int) -> Any:
+    """A random OPT in float32 that never stops by itself."""
     config = hf.OPTConfig(
         hidden_size=hidden, ffn_dim=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=2048,
         word_embed_proj_dim=hidden, max_position_embeddings=length, pad_token_id=0, bos_token_id=1, eos_token_id=None,
@@ -36,61 +39,161 @@ def _model(layers: int, hidden: int, heads: int, length: int) -> Any:
     return model
 
 
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model, its prompts `[B, S]`, how many tokens it adds, and what compiles it for our own schedulers."""
+
+    model: Any
+    ids: torch.Tensor
+    new: int
+    inner_compiler: str = "inductor"
+
+    @classmethod
+    def of(
+        cls, batch: int, prompt: int, new: int, layers: int, hidden: int, heads: int, inner_compiler: str = "inductor"
+    ) -> Workload:
+        """Random prompts for a random model."""
+        quiet_transformers()
+        native.register_native()
+        ids = torch.randint(2, 2048, (batch, prompt), generator=torch.Generator().manual_seed(0))
+        return cls(opt(layers, hidden, heads, prompt + new), ids, new, inner_compiler)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of K and V of all tokens, in the model's dtype."""
+        config = self.model.config
+        row = 2 * config.hidden_size * self.model.dtype.itemsize * config.num_hidden_layers
+        return int(row * self.ids.numel() // self.ids.shape[1] * (self.ids.shape[1] + self.new))
+
+    def run(self, who: Any, tokens: int | None = None, **options: Any) -> Any:
+        """Greedy `generate` of exactly so many tokens (default: all)."""
+        count = self.new if tokens is None else tokens
+        return who.generate(
+            self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=count, min_new_tokens=count,
+            do_sample=False, pad_token_id=0, **options,
+        )  # fmt: skip
+
+    def compiled(self, **options: Any) -> Any:
+        """The model under alisa."""
+        return torch.compile(self.model, backend=alisa, options={"inner_compiler": self.inner_compiler, **options})
+
+    def static_split(self, **options: Any) -> StaticSplit:
+        """The model with FlexGen's placement."""
+        return StaticSplit(self.model, **{"inner_compiler": self.inner_compiler, **options})
+
+    def blocks(self, budget: int) -> BlockLRU:
+        """The model with vLLM's blocks."""
+        return BlockLRU(self.model, budget, self.inner_compiler)
+
+    def check(self, who: str, found: torch.Tensor) -> None:
+        """Refuse a dense scheduler's tokens `[B, S + T]` that are not those of stock transformers."""
+        count = min(_CHECKED, found.shape[1] - self.ids.shape[1])
+        if not torch.equal(found[:, : self.ids.shape[1] + count], self.run(self.model, count)):
+            raise GateFailed(f"the tokens of {who}, which is dense, are not those of stock transformers")
+
+    def check_alisa(self, **budgets: int) -> None:
+        """The same for alisa at sparsity 0 within these budgets; without Inductor, which takes long to compile."""
+        ours = self.compiled(sparsity=0.0, inner_compiler="eager", **budgets)
+        self.check("alisa", self.run(ours, min(_CHECKED, self.new)))
+        release(ours)
+
+
 @torch.no_grad()
-def workload(batch: int, prompt: int, new: int, layers: int, hidden: int, heads: int) -> Outcome:
-    """float32, greedy. Memory is what the allocator handed out in a whole `generate`, activations included."""
-    quiet_transformers()
-    native.register_native()
-    model = _model(layers, hidden, heads, prompt + new)
-    ids = torch.randint(2, 2048, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    kv = 2 * hidden * 4 * layers * (prompt + new) * batch
+def workload(
+    batch: int,
+    prompt: int,
+    new: int,
+    layers: int,
+    hidden: int,
+    heads: int,
+    device_share: float,
+    inner_compiler: str = "inductor",
+) -> Outcome:
+    """float32, greedy; prefill included.
 
-    def generator(who: Any, tokens: int = new, **options: Any) -> Callable[[], torch.Tensor]:
-        fixed = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        return lambda: who.generate(ids, attention_mask=torch.ones_like(ids), **fixed, **options)
-
-    def ours(**options: Any) -> Any:
-        return torch.compile(model, backend=alisa, options=options)
-
-    count = min(_CHECKED, new)
-    if not torch.equal(generator(ours(sparsity=0.0), count)(), generator(model, count)()):
-        raise GateFailed("at sparsity 0, alisa's tokens are not those of stock transformers")
-    compiled = type(model)(model.config).eval()
-    compiled.load_state_dict(model.state_dict())
-    compiled.forward = torch.compile(compiled.forward)
-    half = {"device_kv_budget": kv // 2, "host_kv_budget": 2 * kv}
-    contenders: dict[str, tuple[Any, dict[str, Any]]] = {
-        "alisa, 80 %": (ours(sparsity=0.8), {}),
-        "alisa, 80 %, int8": (ours(sparsity=0.8, kv_dtype="int8"), {}),
-        "alisa, int8, 50 % on device": (ours(sparsity=0.8, kv_dtype="int8", **half), {}),
-        "alisa, 50 % on device": (ours(sparsity=0.8, **half), {}),
-        # As FlexGen does: dense, a fixed share on the device, and in each step the rest comes from the host.
-        "static split, 50 % on device": (ours(sparsity=0.0, **half), {}),
-        "alisa, dense": (ours(sparsity=0.0), {}),
-        "hf dynamic (default)": (model, {}),
-        "hf dynamic, Inductor": (compiled, {}),
-        "hf static": (model, {"cache_implementation": "static"}),
-        "hf static, Inductor": (compiled, {"cache_implementation": "static"}),
+    device_share: of K and V of all tokens, that the device may hold; the host may hold all of them twice. Memory is
+    what a cache holds in the end, tables and staging of alisa's store included.
+    """
+    work = Workload.of(batch, prompt, new, layers, hidden, heads, inner_compiler)
+    budget = int(device_share * work.kv_bytes)
+    below = {"device_kv_budget": budget, "host_kv_budget": 2 * work.kv_bytes}
+    work.check_alisa(**below)
+    ours: dict[str, Callable[[], Any]] = {
+        "alisa, 80 %": lambda: work.compiled(sparsity=0.8, **below),
+        "alisa, 80 %, int8": lambda: work.compiled(sparsity=0.8, kv_dtype="int8", **below),
+        "static split (FlexGen)": lambda: work.static_split(**below),
+        "blocks (vLLM)": lambda: work.blocks(budget),
+    }
+    peers: dict[str, dict[str, Any]] = {
+        "hf quantized fp8": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+        "hf offloaded": {"cache_implementation": "offloaded"},
+        "hf dynamic (default)": {},
+        "hf static": {"cache_implementation": "static"},
     }
     measures = []
-    for who, (runner, options) in contenders.items():
-        run = generator(runner, **options)
+    for who, make in ours.items():
+        runner = make()
         try:
-            run()  # compiles
-            run()  # the first call after a compilation clears up what it has left
+            found = work.run(runner)  # compiles
+            if isinstance(runner, (StaticSplit, BlockLRU)):
+                work.check(who, found)
+            measures.append(_measure(who, work, lambda runner=runner: work.run(runner), _held(runner), budget))
         except InfeasibleError as error:
             measures.append(Measure(who, None, str(error).split(";")[0]))
+        if isinstance(runner, BlockLRU) and measures[-1].times is not None:
+            done = runner.scheduler
+            note = f"{done.preemptions} sequences preempted, {done.recomputed} tokens again"
+            measures[-1] = dataclasses.replace(measures[-1], note=note)
+        release(runner)
+        gc.collect()
+    for who, options in peers.items():
+        if who == "hf offloaded" and not torch.accelerator.is_available():
+            measures.append(Measure(who, None, "offloads from a GPU, and there is none"))
             continue
-        times = Times.of([seconds_of(run) for _ in range(_RUNS)])
-        release(runner)
-        _, memory = allocated(run)
-        measures.append(Measure(who, times, peak_bytes=memory.peak, tokens_per_s=batch * new / times.mean * 1e3))
-        release(runner)
+        run = functools.partial(work.run, work.model, **options)
+        held = _cache_bytes(run(return_dict_in_generate=True).past_key_values)
+        measures.append(_measure(who, work, run, held, budget))
         gc.collect()
     return Outcome(measures)
 
 
+def _measure(who: str, work: Workload, run: Callable[[], Any], held: int, budget: int) -> Measure:
+    """The second run of a contender."""
+    times = Times.of([seconds_of(run)])
+    note = "" if held <= budget else "over the device budget"
+    speed = work.ids.shape[0] * work.new / times.mean * 1e3
+    return Measure(who, times, note, kv_bytes=held, tokens_per_s=speed)
+
+
+def _held(runner: Any) -> int:
+    """Bytes on the device of one of our own stores, tables and staging included."""
+    if isinstance(runner, BlockLRU):
+        return runner.nbytes
+    if isinstance(runner, StaticSplit):
+        return runner.store.bytes_by_tier()["device"]
+    return int(alisa_compile.report(runner).to_dict()["peak_bytes"]["device"])
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache of transformers holds."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                visit(part)
+
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            visit(value)
+    return sum(storages.values())
+
+
 def release(runner: Any) -> None:
     """What alisa keeps for the next call would not count as allocated in it."""
-    if hasattr(runner, "_orig_mod"):
+    if isinstance(runner, (StaticSplit, BlockLRU)):
+        runner.release()
+    elif hasattr(runner, "_orig_mod"):
         alisa_compile.release(runner)

@@ -1,9 +1,10 @@
-"""Figures: the same bits on a second run, and weights that are those of decoding."""
+"""Figures: weights that are those of decoding, and rows for everybody; `test_reproducible.py` has the bits."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +17,8 @@ from alisa_compile.tools.emulation import Decoder
 from benchmarks.figures import throughput_by_batch
 from benchmarks.figures.__main__ import main
 from benchmarks.figures.weights import POLICIES, Novel, spearman
-from benchmarks.results_file import ResultsFile
-
-
-@pytest.mark.parametrize("number", [3, 4, 8, 10])
-def test_a_second_run_gives_the_same_files(number: int, tmp_path: Path) -> None:
-    """Table, numbers and plot."""
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        assert main([str(number), "--small", "--out", str(tmp_path / name)]) == 0
-    files = sorted((tmp_path / "first").iterdir())
-    assert [file.suffix for file in files] == [".json", ".md", ".png"]
-    for file in files:
-        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name
+from benchmarks.registry import Row
+from benchmarks.rows import paper
 
 
 @pytest.mark.parametrize("policy", ["dense", *POLICIES])
@@ -48,23 +38,55 @@ def test_kernel_breakdown_runs(tmp_path: Path) -> None:
     """Its numbers differ from run to run; plain torch and the kernel agree first."""
     assert main(["11", "--small", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "figure11.png").exists()
-    assert main(["12", "--out", str(tmp_path)]) == 2
+    assert main(["13", "--out", str(tmp_path)]) == 2
 
 
-def test_throughput_is_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By batch, and without results the command that makes them is named."""
-    path = tmp_path / "bench.json"
-    monkeypatch.setattr(throughput_by_batch, "RESULTS", path)
-    assert main(["9", "--out", str(tmp_path)]) == 2
-    results = ResultsFile(path)
-    for batch, speed in ((16, 300.0), (4, 100.0)):
-        measures = [{"who": "alisa", "tokens_per_s": speed}, {"who": "static split, 50 % on device", "tokens_per_s": 9}]
-        about = {"group": "paper", "name": f"batch {batch}", "status": "ok", "definition": "", "host": ""}
-        parameters = {"batch": batch, "layers": 1, "hidden": 64, "prompt": 16, "new": 8}
-        results.add(f"paper: batch {batch}", {**about, "parameters": parameters, "measures": measures})
+@pytest.mark.slow
+def test_throughput_has_a_row_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is within the budget, who is over it, who cannot run; a batch without numbers is an error that says why."""
+    shape = {"prompt": 200, "new": 6, "layers": 4, "hidden": 64, "heads": 4, "inner_compiler": "eager"}
+    rows = [Row("paper", "batch 3", "paper:workload", {"batch": 3, "device_share": 0.5, **shape}, "")]
+    monkeypatch.setattr(throughput_by_batch, "all_rows", lambda: rows)
+
+    def here(row: Row, quick: bool) -> dict[str, Any]:
+        return {"status": "ok", **paper.workload(**row.arguments(quick)).to_dict()}
+
+    monkeypatch.setattr(throughput_by_batch.isolated, "run", here)
     assert main(["9", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "figure09.json").read_text())["rows"]
-    assert rows == [["alisa", 100.0, 300.0], ["static split, 50 % on device", 9, 9]]
+    found = {row[0]: row[1:] for row in json.loads((tmp_path / "figure09.json").read_text())["rows"]}
+    assert all(found[who][0] > 0 for who in ("alisa, 80 %", "alisa, 80 %, int8", "static split (FlexGen)"))
+    assert "preempted" in found["blocks (vLLM)"][-1]
+    kv = 2 * 64 * 4 * 4 * 3 * 206 / 2**20
+    for who in ("alisa, 80 %", "static split (FlexGen)", "blocks (vLLM)"):
+        assert 0.4 * kv < found[who][1] <= 0.5 * kv
+    assert found["hf dynamic (default)"][1] == pytest.approx(kv, rel=0.01)
+    assert "over the device budget" in found["hf dynamic (default)"][-1]
+    if not torch.accelerator.is_available():
+        assert found["hf offloaded"][0] is None and "GPU" in found["hf offloaded"][-1]
+    monkeypatch.setattr(throughput_by_batch.isolated, "run", lambda row, quick: {"status": "gate", "reason": "other"})
+    assert main(["9", "--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+def test_phases_have_their_parts(tmp_path: Path) -> None:
+    """All three phases, a share of the step for each part, rows that are rebuilt; three panels."""
+    assert main(["12", "--small", "--out", str(tmp_path)]) == 0
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == [f"figure12{panel}.{suffix}" for panel in "abc" for suffix in ("json", "md", "png")]
+    phases, recomputed, stages = (
+        json.loads((tmp_path / f"figure12{panel}.json").read_text())["rows"] for panel in "abc"
+    )
+    ours = [row for row in phases if row[0] == "alisa, 80%"]
+    assert [row[1] for row in ours] == ["phase I", "phase II", "phase III"] or ours[-1][1] == "phase III"
+    assert ours[-1][6] > 0  # ms of a step in which rows are rebuilt
+    for who in ("alisa, 80%", "static split, dense"):
+        assert sum(row[2] for row in phases if row[0] == who) == 59
+    for _, _, steps, whole, computing, waiting, rebuilding in phases:
+        assert steps > 0 and computing > 0 and whole == pytest.approx(computing + waiting + rebuilding)
+    ((_, on, off, ratio, host_on, host_off, rebuilt),) = recomputed
+    assert ratio == pytest.approx(off / on) and host_on < host_off and rebuilt > 0
+    assert [row[0] for row in stages] == ["static split, dense", "static split, SWA", "+ scheduling", "+ INT8"]
+    assert all(row[1] > 0 for row in stages)
 
 
 def test_rank_correlation() -> None:
