@@ -52,9 +52,10 @@ TITLES = {
     "compile": "First generate of a 16-layer model, compilation included",
     "overhead": "Host overhead of a decode step: 16 layers so small that a step is nearly all overhead",
     "phases": "Decode step by policy and share of K and V on the device: novel-7m, prompt 900, the rest on the host",
+    "recompute": "Decode step of an OPT (2 layers, hidden 512, 8 heads) where K and V of all tokens do not fit",
     "phase-1": "Everything fits, sparsity 0: alisa beside Inductor alone",
     "decode": "Decode step of a 4-layer Llama (hidden 1024, 16 heads, 4 KV heads), bf16, by context and batch",
-    "paper": "The paper's workload at a small OPT shape: prompt 128, 512 new tokens, prefill included",
+    "paper": "The paper's workload at a small OPT: prompt 128, 256 new tokens, room for half of K and V on the device",
     "fixed-rows": "Working set capped by max_rows: cost of a token by context",
     "llama-1b": "Llama-3.2-1B shapes, random weights, 16k tokens of context, bf16",
 }
@@ -176,6 +177,21 @@ def _phases() -> list[Row]:
     ]
 
 
+def _recompute() -> list[Row]:
+    return [
+        Row(
+            "recompute",
+            policy,
+            "recompute:within_equal_budgets",
+            {"policy": policy, "batch": 2, "prompt": 500, "new": 48, "layers": 2, "hidden": 512, "heads": 8},
+            "the tokens that the same policy gives with everything on the device",
+            quick={"prompt": 200, "new": 8, "layers": 1, "hidden": 64, "heads": 4, "rounds": 1},
+            limit_s=300,
+        )
+        for policy in ("swa", "churn")
+    ]
+
+
 def _decode() -> list[Row]:
     grid = [(2048, 1), (8192, 1), (32768, 1), (2048, 4), (32768, 4), (2048, 16), (32768, 16)]
     rows = [
@@ -232,9 +248,9 @@ def _paper() -> list[Row]:
             "paper",
             f"batch {batch}",
             "paper:workload",
-            {"batch": batch, "prompt": 128, "new": 512, "layers": 4, "hidden": 512, "heads": 8},
-            "at sparsity 0, alisa's first 32 tokens are those of stock transformers",
-            quick={"prompt": 16, "new": 8, "layers": 1, "hidden": 64, "heads": 4},
+            {"batch": batch, "prompt": 128, "new": 256, "layers": 2, "hidden": 256, "heads": 4, "device_share": 0.5},
+            "the first 32 tokens of alisa at sparsity 0, and of both other schedulers, are those of stock transformers",
+            quick={"prompt": 200, "new": 8, "layers": 4, "hidden": 64, "batch": min(batch, 4)},
             limit_s=400,
         )
         for batch in (4, 16, 64)
@@ -250,6 +266,7 @@ def all_rows() -> list[Row]:
         *_planner(),
         *_overhead(),
         *_phases(),
+        *_recompute(),
         *_decode(),
         *_paper(),
     ]

@@ -32,6 +32,20 @@ def tiny_model(family: str, layers: int = 2, seed: int = 0, **changes: Any) -> A
         "neox": lambda: hf.GPTNeoXConfig(
             **{**_COMMON, **_TOKENS, "intermediate_size": 96, "num_hidden_layers": layers, **changes}
         ),
+        "falcon": lambda: hf.FalconConfig(
+            **{**_COMMON, **_TOKENS, "num_hidden_layers": layers, "multi_query": False, "alibi": False, **changes}
+        ),
+        "gemma3": lambda: hf.Gemma3TextConfig(
+            **{
+                **_COMMON,
+                **gqa,
+                **_TOKENS,
+                "num_key_value_heads": 4,
+                "head_dim": 16,
+                "layer_types": ["full_attention"] * layers,
+                **changes,
+            }
+        ),
         "opt": lambda: hf.OPTConfig(
             **{
                 **_COMMON,

@@ -53,15 +53,17 @@ class HiddenRows:
     """Saved layer inputs of the first `most` positions of every layer and sequence.
 
     rows: `[L * B * most, hidden]` on the host, int8 with scales `[L * B * most]` float32, or in the dtype of the model
-    and None. positions: `[B, >= most]` int32, what the model calls the position of each token. saved, deleted: `[L]`
+    and None; those of the positions from `split` on come last, where before they are saved others may use the memory
+    (`room`). positions: `[B, >= most]` int32, what the model calls the position of each token. saved, deleted: `[L]`
     int64, so many first positions have their layer input here, and have lost their K and V. dtype: of the model. A
     sequence is its part of the tiers (`TierState.home`), not its place in the batch. producers: by layer; pending: by
     layer, rows that the coming step waits for. unverified: by layer, positions whose K and V are to be compared with
     rebuilt ones when they go below the device; stages: by layer, for which kinds of forward pass (of one token, of
-    several) one has been chosen since the producer was bound.
+    several) one has been chosen since the producer was bound. bytes_down, bytes_up: of layer inputs.
     """
 
     most: int
+    split: int
     rows: torch.Tensor
     scales: torch.Tensor | None
     positions: torch.Tensor
@@ -72,8 +74,15 @@ class HiddenRows:
     pending: dict[int, Pending] = dataclasses.field(default_factory=dict)
     unverified: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     stages: dict[int, set[bool]] = dataclasses.field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
     rows_recomputed: int = 0
     nanoseconds: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rows use the memory of late layer inputs until these come."""
+        return self.split < self.most
 
     @property
     def batch_size(self) -> int:
@@ -104,7 +113,7 @@ class HiddenRows:
     def append(
         self, layer: int, start: int, hidden: torch.Tensor, positions: torch.Tensor | None, home: torch.Tensor
     ) -> int:
-        """Save layer inputs `[B, T, hidden]` of the positions from `start` on, as far as they are kept; bytes written.
+        """Save layer inputs `[B, T, hidden]` of the positions from `start` on, as far as they are kept; bytes saved.
 
         positions: `[B, T]` or `[1, T]`, or None where K does not depend on them.
         """
@@ -130,10 +139,25 @@ class HiddenRows:
         if layer in self.producers and single not in self.stages[layer]:
             self.stages[layer].add(single)
             self.unverified.setdefault(layer, []).append(end - 1)
-        return index.numel() * self.row_bytes
+        nbytes = index.numel() * self.row_bytes
+        self.bytes_down += nbytes
+        return nbytes
 
     def _index(self, layer: int, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return (layer * self.batch_size + sequences) * self.most + positions
+        part = layer * self.batch_size + sequences
+        early = part * self.split + positions
+        if self.split == self.most:
+            return early
+        late = self._first_late + part * (self.most - self.split) + positions - self.split
+        return torch.where(positions < self.split, early, late)
+
+    @property
+    def _first_late(self) -> int:
+        return len(self.saved) * self.batch_size * self.split
+
+    def room(self, slots: int, row: torch.Size) -> torch.Tensor:
+        """Memory `[slots, *row]` that the layer inputs of the positions from `split` on will need."""
+        return self.rows[self._first_late :].view(-1)[: slots * row.numel()].view(slots, *row)
 
     def may_delete(self, layer: int, end: int) -> int:
         """How many of the first `end` positions can be had again without their K and V."""
@@ -157,28 +181,22 @@ class HiddenRows:
             positions[:] = [p for p in positions if p < length]
 
     def rebuild(
-        self,
-        layer: int,
-        sequences: torch.Tensor,
-        positions: torch.Tensor,
-        groups: torch.Tensor,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
-        places: torch.Tensor,
-    ) -> None:
-        """Make K and V of `positions [K]` of `sequences [K]`, and put those of `groups [K]` to `rows[places]`."""
-        if not len(positions):
-            return
-        began = time.perf_counter_ns()
-        tokens, which = torch.unique(sequences * self.most + positions, return_inverse=True)
-        key, value = self._make(layer, tokens // self.most, tokens % self.most, rows.device)
-        made = self._as_rows(key, value, rows.shape[2])[which, groups]
-        if scales is None:
-            rows[places] = made.to(rows.dtype)
+        self, layer: int, wanted: Pending, heads: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Make the rows `[K, 2, P, D]` with P = heads, and scales `[K, 2, P]` where rows are int8, in one batch."""
+        began, count = time.perf_counter_ns(), len(wanted.positions)
+        if bool(wanted.groups.any()):  # several may want the same token
+            tokens, which = torch.unique(wanted.sequences * self.most + wanted.positions, return_inverse=True)
+            key, value = self._make(layer, tokens // self.most, tokens % self.most, device)
+            rows = self._as_rows(key, value, heads)[which, wanted.groups]
         else:
-            rows[places], scales[places] = quantize_row(made)
-        self.rows_recomputed += len(positions)
+            key, value = self._make(layer, wanted.sequences, wanted.positions, device)
+            rows = self._as_rows(key, value, heads)[:, 0]
+        self.rows_recomputed += count
+        self.bytes_up += count * self.row_bytes
+        made = (rows, None) if self.scales is None else quantize_row(rows)
         self.nanoseconds += time.perf_counter_ns() - began
+        return made
 
     def _as_rows(self, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
         """K and V `[K, Hkv, D]` as `[K, G, 2, P, D]`."""
@@ -259,9 +277,9 @@ class HiddenRows:
 
     def copy_sequence(self, here: int, there: int) -> None:
         """Let part `there` hold what part `here` does."""
-        for layer in range(len(self.saved)):
-            mine, theirs = ((layer * self.batch_size + part) * self.most for part in (there, here))
-            self.rows[mine : mine + self.most] = self.rows[theirs : theirs + self.most]
+        for layer, saved in enumerate(self.saved.tolist()):
+            mine, theirs = (self._index(layer, torch.tensor(part), torch.arange(saved)) for part in (there, here))
+            self.rows[mine] = self.rows[theirs]
             if self.scales is not None:
-                self.scales[mine : mine + self.most] = self.scales[theirs : theirs + self.most]
+                self.scales[mine] = self.scales[theirs]
         self.positions[there] = self.positions[here]

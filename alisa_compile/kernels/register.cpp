@@ -19,5 +19,7 @@ extern "C" int alisa_register() {
   if (aoti_torch_library_impl(library, "kv_wait", kv_wait) != AOTI_TORCH_SUCCESS) return 1;
   if (aoti_torch_library_impl(library, "tiers_open", tiers_open) != AOTI_TORCH_SUCCESS) return 1;
   if (aoti_torch_library_impl(library, "tiers_stage", tiers_stage) != AOTI_TORCH_SUCCESS) return 1;
+  if (aoti_torch_library_impl(library, "tiers_pending", tiers_pending) != AOTI_TORCH_SUCCESS) return 1;
+  if (aoti_torch_library_impl(library, "tiers_settle", tiers_settle) != AOTI_TORCH_SUCCESS) return 1;
   return 0;
 }

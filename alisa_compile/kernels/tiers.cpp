@@ -38,7 +38,8 @@ void tiers_stage(StableIValue* stack, uint64_t, uint64_t) {
     Stage stage(*tiers, layer, tiers->staging(list * count + begin));
     int32_t away[kPiece];
     for (int64_t i = 0; i < size; ++i) {
-      away[i] = slots[i] < 0 ? static_cast<int32_t>(first + begin + i) : -1;
+      const int64_t position = first + begin + i;  // Python rebuilds the deleted ones
+      away[i] = slots[i] < 0 && position >= tiers->deleted(layer) ? static_cast<int32_t>(position) : -1;
       for (int part = 0; part < tiers->parts() && slots[i] >= 0; ++part) {
         const int64_t bytes = tiers->row_bytes(part);
         std::memcpy(stage.staged(part, i), device.parts[part] + slots[i] * bytes, bytes);
@@ -48,6 +49,36 @@ void tiers_stage(StableIValue* stack, uint64_t, uint64_t) {
     tally.add(stage);
   });
   tiers->note(tally.traffic, tally.failure);
+}
+
+// Hands over the rows of a layer that `kv_prefetch` has given slots to and that are deleted: `[4, K]`, of each its
+// sequence, position, group and slot.
+void tiers_pending(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  Tensor ticket = arguments.tensor();
+  const int64_t layer = arguments.integer();
+  const std::shared_ptr<Tiers> tiers = tiers_of(ticket);
+  std::vector<Tiers::Entry>& entries = tiers->pending(layer).entries;
+  const int64_t count = static_cast<int64_t>(entries.size());
+  Tensor found = empty_like_rows(ticket, {4, count});
+  auto* const out = found.data<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = entries[i].region / tiers->groups - layer * tiers->batch;
+    out[count + i] = entries[i].position;
+    out[2 * count + i] = entries[i].region % tiers->groups;
+    out[3 * count + i] = entries[i].slot;
+  }
+  entries.clear();
+  stack[0] = result(std::move(found));
+}
+
+// Waits until nothing reads any more what these slots have held.
+void tiers_settle(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  Tensor ticket = arguments.tensor();
+  const int64_t layer = arguments.integer();
+  const std::shared_ptr<Tiers> tiers = tiers_of(ticket);
+  tiers->wait(tiers->pending(layer).after);
 }
 
 }  // namespace

@@ -156,9 +156,12 @@ class Tiers {
         host_scales_(arguments.optional_tensor()), owner_(arguments.tensor()), below_(arguments.tensor()),
         on_disk_(arguments.tensor()), home_(arguments.tensor()), traffic_(arguments.tensor()),
         misses_(arguments.tensor()), staging_(arguments.tensor()), staging_scales_(arguments.optional_tensor()),
-        groups(arguments.integer()), quota(arguments.integer()), max_rows(arguments.integer()) {
+        deleted_(arguments.optional_tensor()), saved_(arguments.optional_tensor()), groups(arguments.integer()),
+        quota(arguments.integer()), max_rows(arguments.integer()) {
     const int64_t file = arguments.integer();
     disk_positions_ = arguments.integer();
+    most_deleted_ = arguments.integer();
+    if (deleted_) pending_.resize(below_.size[0]);
     require(traffic_.size[0] == kTrafficPlaces, "alisa: traffic has the wrong number of places");
     require(static_cast<bool>(scales_) == static_cast<bool>(host_scales_) &&
                 static_cast<bool>(scales_) == static_cast<bool>(staging_scales_),
@@ -200,6 +203,8 @@ class Tiers {
   int32_t* owner(int64_t region) const { return owner_.data<int32_t>() + region * quota; }
   int64_t& below(int64_t layer) const { return below_.data<int64_t>()[layer]; }
   int64_t& on_disk(int64_t layer) const { return on_disk_.data<int64_t>()[layer]; }
+  // So many first positions of a layer are on no tier.
+  int64_t deleted(int64_t layer) const { return deleted_ ? deleted_.data<int64_t>()[layer] : 0; }
   int64_t& misses(int64_t layer) const { return misses_.data<int64_t>()[layer]; }
   int64_t staging_rows() const { return staging_.size[0]; }
   Device staging(int64_t row) const {
@@ -226,9 +231,12 @@ class Tiers {
     return {{pool.data<char>(), scales ? scales.data<char>() : nullptr}};
   }
 
-  // Write the rows of the positions [below, end) of a layer, and note it. table: `[B, G, capacity]` of the layer.
+  // Write the rows of the positions [below, end) of a layer, and note it; where the plan deletes rows, those that the
+  // host has no room for, the oldest first. table: `[B, G, capacity]` of the layer.
   void down(Job& job, const Device& device, const int32_t* table, int64_t capacity, int64_t layer, int64_t end) {
-    require(disk_ >= 0 || end <= ring_, "alisa: the plan has no disk, and the host is full");
+    const int64_t gone = may_delete(layer, end - ring_);
+    require(end - ring_ <= gone || gone >= most_deleted_, "alisa: rows were to be deleted whose inputs were not saved");
+    require(disk_ >= 0 || end - ring_ <= gone, "alisa: the plan has no disk, and the host is full");
     job.layer = layer;
     int64_t &below = this->below(layer), &on_disk = this->on_disk(layer);
     auto each = [&](int64_t first, int64_t stop, const auto& body) {
@@ -240,6 +248,8 @@ class Tiers {
     each(below, end, [&](int64_t, int64_t position, const int32_t* slots) {
       require(slots[position] >= 0 && slots[position] < pool_.size[0], "alisa: a row to write down is not on the device");
     });
+    if (gone > on_disk) on_disk = deleted_.data<int64_t>()[layer] = gone;
+    below = std::max(below, gone);  // those deleted at once are never written
     while (below < end) {
       const int64_t stop = std::min(end, below + std::max<int64_t>(1, ring_));
       if (ring_ == 0) {
@@ -269,6 +279,16 @@ class Tiers {
   struct Entry {
     int64_t region, position, slot;
   };
+
+  // Rows of a layer that have slots and are deleted, so that they cannot be fetched.
+  struct Pending {
+    std::vector<Entry> entries;
+    int64_t after = 0;  // the job that may still read what is in their slots
+  };
+  Pending& pending(int64_t layer) {
+    require(static_cast<bool>(deleted_), "alisa: this store deletes no rows");
+    return pending_[layer];
+  }
 
   // Fetch rows from below into slots of the device.
   void up(Job& job, const Device& device, int64_t layer, const std::vector<Entry>& entries) const {
@@ -416,11 +436,17 @@ class Tiers {
   char* host(int part) const { return part == 0 ? host_.data<char>() : host_scales_.data<char>(); }
 
   void access(Job& job, Way way, int64_t region, int64_t position, char* const* memory, int64_t slot) const {
-    int64_t offset = (region * disk_positions_ + position) * (bytes_[0] + bytes_[1]);
+    // The first ones are deleted before they could come to the disk.
+    int64_t offset = (region * disk_positions_ + position - most_deleted_) * (bytes_[0] + bytes_[1]);
     for (int part = 0; part < parts_; ++part) {
       job.access(way, offset, memory[part] + slot * bytes_[part], bytes_[part]);
       offset += bytes_[part];
     }
+  }
+
+  // How many of the first `end` positions can be had again without their K and V: `HiddenRows.may_delete`.
+  int64_t may_delete(int64_t layer, int64_t end) const {
+    return deleted_ ? std::min({end, most_deleted_, saved_.data<int64_t>()[layer]}) : std::min<int64_t>(end, 0);
   }
 
   void fail(const std::string& failure) {
@@ -449,13 +475,14 @@ class Tiers {
 
   // The state keeps these alive: a job may still copy when Python has let go of them.
   Tensor pool_, scales_, host_, host_scales_, owner_, below_, on_disk_, home_, traffic_, misses_, staging_,
-      staging_scales_;
+      staging_scales_, deleted_, saved_;
 
  public:
   const int64_t groups, quota, max_rows;
 
  private:
-  int64_t ring_ = 0, disk_positions_ = 0;
+  int64_t ring_ = 0, disk_positions_ = 0, most_deleted_ = 0;
+  std::vector<Pending> pending_;  // by layer
   int64_t bytes_[2] = {0, 0};  // of a row, of its scales
   int parts_ = 1;
   int disk_ = -1;
@@ -490,7 +517,7 @@ class Stage {
     entries_.clear();
     for (int64_t i = 0; i < count; ++i) {
       if (positions[i] < 0) continue;
-      if (positions[i] >= tiers_.below(layer_)) {
+      if (positions[i] < tiers_.deleted(layer_) || positions[i] >= tiers_.below(layer_)) {
         failure = "alisa: a row is on no tier";
         return false;
       }

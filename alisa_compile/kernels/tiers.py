@@ -42,7 +42,7 @@ TRAFFIC_PLACES = 7
 #: What an interval is of, as numbered in tiers.h: rows going down and up, those that the host's ring loses to the disk,
 #: those that go down to the disk and up from it without the host, an op that waits for a job that copies in memory or
 #: one that uses the disk; and, in Python alone, rows rebuilt from layer inputs. Beside each the places in `traffic`
-#: where its bytes count.
+#: where its bytes count; those of layer inputs count in `HiddenRows`, and in the same places of the store's counters.
 INTERVAL_KINDS: dict[str, tuple[int, ...]] = {
     "down": (DEVICE_TO_HOST,),
     "up": (HOST_TO_DEVICE,),
@@ -73,12 +73,15 @@ class Interval:
 # Native only, as is all that it leads to: without the native kernels ops copy rows where they are called.
 LIBRARY.define(
     "tiers_open(int number, Tensor pool, Tensor? scales, Tensor host, Tensor? host_scales, Tensor owner, Tensor below, "
-    "Tensor on_disk, Tensor home, Tensor traffic, Tensor misses, Tensor staging, Tensor? staging_scales, int groups, "
-    "int quota, int max_rows, int disk, int disk_positions) -> ()"
+    "Tensor on_disk, Tensor home, Tensor traffic, Tensor misses, Tensor staging, Tensor? staging_scales, "
+    "Tensor? deleted, Tensor? saved, int groups, int quota, int max_rows, int disk, int disk_positions, "
+    "int most_deleted) -> ()"
 )
 LIBRARY.define(
     "tiers_stage(int number, Tensor pool, Tensor? scales, Tensor table, int layer, int first, int end) -> ()"
 )
+LIBRARY.define("tiers_pending(Tensor ticket, int layer) -> Tensor")
+LIBRARY.define("tiers_settle(Tensor ticket, int layer) -> ()")
 
 
 class Disk(Protocol):
@@ -101,7 +104,8 @@ class TierState:
     """Where the rows of one store are.
 
     quota: device slots of each (layer, sequence, group). groups: G. max_rows: cap on working sets that the device
-    forces; 0 = none. host: `[pairs * H, 2, P, D]` with pairs = L * B * G, host_scales: `[pairs * H, 2, P]` or None.
+    forces; 0 = none. host: `[pairs * H, 2, P, D]` with pairs = L * B * G, perhaps in the memory of `hidden.rows`;
+    host_scales: `[pairs * H, 2, P]` or None.
     owner: `[N]` int32, the position in each device slot, -1 = free. below: `[L]` int64, so many first positions have a
     row below the device; on_disk: `[L]` int64, so many of them have it on disk, the others on the host. home: `[B]`
     int64, which part of host, disk and pool belongs to a sequence. traffic: `[7]` int64: bytes copied, counted where
@@ -139,8 +143,6 @@ class TierState:
 
         pool, scales: the store's. They and all tensors of this state must stay the same ones until `close`.
         """
-        if self.hidden is not None:  # only Python can call what makes K and V
-            return
         if pool.device.type == "cuda":
             self.engine = TransferEngine(self, pool.device)
             return
@@ -148,9 +150,13 @@ class TierState:
             return
         torch.ops.alisa.tiers_open(
             self.number, pool, scales, self.host, self.host_scales, self.owner, self.below, self.on_disk, self.home,
-            self.traffic, self.misses, self.staging, self.staging_scales, self.groups, self.quota, self.max_rows,
+            self.traffic, self.misses, self.staging, self.staging_scales,
+            None if self.hidden is None else self.hidden.deleted,
+            None if self.hidden is None else self.hidden.saved,
+            self.groups, self.quota, self.max_rows,
             -1 if self.disk is None else self.disk.fileno(),
             0 if self.disk is None else self.disk.positions,
+            self._first_on_disk,
         )  # fmt: skip
         self._calls = tiers_calls()
         if _intervals is not None:  # the kernels may not have served when recording began
@@ -347,10 +353,7 @@ class TierState:
         if self.hidden is not None:
             gone = self._pending(layer, regions, positions, places)
             if gone is not None:
-                began, nbytes = time.perf_counter_ns(), len(gone.slots) * self.hidden.row_bytes
-                self.hidden.rebuild(layer, gone.sequences, gone.positions, gone.groups, rows, scales, gone.slots)
-                self.traffic[HOST_TO_DEVICE] += nbytes
-                self.note_interval("recompute", began, nbytes, layer)
+                self._rebuild(layer, gone, rows, scales)
                 left = positions >= self.hidden.deleted[layer]
                 regions, positions, places = regions[left], positions[left], places[left]
         from_host = positions >= self.on_disk[layer]
@@ -453,11 +456,69 @@ class TierState:
             except RuntimeError:
                 drain(self)  # a TierError, if a transfer has failed
                 raise
+            self._rebuild_staged(table, layer, first, end)
         else:
             positions = torch.arange(first, end, device=pool.device).expand(shape)
             self.load(pool, scales, table, layer, positions, (self.staging, self.staging_scales))
         slots = torch.arange(math.prod(shape), device=pool.device).view(shape)
         return self.staging, self.staging_scales, slots
+
+    def _rebuild_staged(self, table: torch.Tensor, layer: int, first: int, end: int) -> None:
+        """Put the deleted ones of the positions [first, end) to staging, which has the others."""
+        if self.hidden is None or first >= self.hidden.deleted[layer]:
+            return
+        positions = torch.arange(first, end).expand(self.batch_size, self.groups, -1)
+        away = (table[layer, :, :, first:end] < 0).flatten().nonzero().flatten()
+        regions = self.regions(layer)[..., None].expand_as(positions).flatten()[away]
+        gone = self._pending(layer, regions, positions.flatten()[away], away)
+        if gone is not None:
+            self._rebuild(layer, gone, self.staging, self.staging_scales)
+
+    def rebuild_pending(
+        self, ticket: torch.Tensor, layer: int, pool: torch.Tensor, scales: torch.Tensor | None
+    ) -> None:
+        """Make the rows of the coming step that are deleted, while transfers for the layer are on their way."""
+        wanted = self._take_pending(ticket, layer)
+        if wanted is not None:
+            settle = None if not self.is_open else lambda: torch.ops.alisa.tiers_settle(ticket, layer)
+            self._rebuild(layer, wanted, pool, scales, settle)
+            del hidden_of(self).pending[layer]
+
+    def _take_pending(self, ticket: torch.Tensor, layer: int) -> Pending | None:
+        pending = hidden_of(self).pending
+        if self.is_open:
+            found = torch.ops.alisa.tiers_pending(ticket, layer)
+            if found.shape[1]:
+                pending[layer] = Pending(*found)
+        return pending.get(layer)
+
+    def forget_pending(self, ticket: torch.Tensor, table: torch.Tensor) -> None:
+        """Take the slots away from rows that should have been rebuilt, and were not because the step has failed."""
+        places = self.home.argsort()
+        for layer in range(self.below.shape[0]):
+            if self._take_pending(ticket, layer) is None:
+                continue
+            left = hidden_of(self).pending.pop(layer)
+            index = layer, places[left.sequences], left.groups, left.positions
+            table[index] = table[index].masked_fill(table[index] == left.slots, -1)
+
+    def _rebuild(
+        self,
+        layer: int,
+        wanted: Pending,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        settle: Callable[[], None] | None = None,
+    ) -> None:
+        """Make deleted rows and put them where they are wanted, once `settle` has returned."""
+        began, hidden = time.perf_counter_ns(), hidden_of(self)
+        made, made_scales = hidden.rebuild(layer, wanted, rows.shape[2], rows.device)
+        self.note_interval("recompute", began, len(wanted.slots) * hidden.row_bytes, layer)
+        if settle is not None:
+            settle()
+        rows[wanted.slots] = made.to(rows.dtype)
+        if scales is not None and made_scales is not None:
+            scales[wanted.slots] = made_scales
 
 
 _states: weakref.WeakValueDictionary[int, TierState] = weakref.WeakValueDictionary()

@@ -83,7 +83,9 @@ class KVProducer:
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden: `[B, T, hidden]` with the graph's B; positions: `[B, T]` int64. K and V `[B, Hkv, T, D]`."""
         tokens = hidden.shape[1]
-        at_once = self._tokens or max(2, tokens)
+        if self._tokens is None and tokens > 1:
+            return self._make(hidden, positions)
+        at_once = self._tokens or 2
         columns = torch.arange(-(-tokens // at_once) * at_once, device=hidden.device).clamp_max(tokens - 1)
         calls = zip(hidden[:, columns].split(at_once, 1), positions[:, columns].split(at_once, 1), strict=True)
         parts = [self._make(*call) for call in calls]

@@ -218,7 +218,7 @@ def _check_offset(proved: CausalMask, site: ReadSite) -> None:
 def _replace(gm: fx.GraphModule, node: fx.Node, site: ReadSite, append: fx.Node, padding: fx.Node | None) -> None:
     if padding is not None and not any(a.args[_APPEND_MASK] for a in _appends(gm, site.valid)):
         append.update_arg(_APPEND_MASK, padding)
-    if site.ticket is not None and not site.hidden_size:
+    if site.ticket is not None:
         with gm.graph.inserting_before(append):
             insert_call(gm.graph, ops.kv_wait.default, (site.pool, site.ticket, site.key, site.layer), node)
     with gm.graph.inserting_before(node):
@@ -264,11 +264,9 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
             call(ops.kv_seed.default, *state, new_tokens, site.layer, site.spec)
     if tiered:
         rows = (site.pool, site.scales, site.table, site.length)
-        offload, prefetch = ops.kv_offload.default, ops.kv_prefetch.default
-        if site.hidden_size:
-            offload, prefetch = ops.kv_offload.recomputing, ops.kv_prefetch.recomputing
+        offload = ops.kv_offload.recomputing if site.hidden_size else ops.kv_offload.default
         call(offload, *rows, site.ticket, site.layer, site.spec)
-        call(prefetch, *rows, site.rows, site.counts, site.ticket, site.layer)
+        call(ops.kv_prefetch.default, *rows, site.rows, site.counts, site.ticket, site.layer)
         if site.hidden_size:
             call(ops.kv_recompute.default, site.pool, site.scales, site.ticket, site.layer)
     return out

@@ -14,6 +14,7 @@ from .base import attention_nodes, example, is_call, is_op
 from .rewrite_attention import APPENDS, DECODES, EXTENDS, READS
 
 ops = torch.ops.alisa
+_OFFLOADS = (ops.kv_offload.default, ops.kv_offload.recomputing)
 _STORED = (*DECODES, *EXTENDS)
 _ATTENTION = (*_STORED, ops.prefill_attention.default)
 _SCORING = (ops.kv_select.default, ops.kv_seed.default)
@@ -21,8 +22,8 @@ _MASS = 3  # argument of the scoring ops
 _LENGTH_AND_LAYER = {  # arguments that say which store and which of its layers
     **dict.fromkeys(APPENDS, (3, 10)),
     **dict.fromkeys(_STORED, (4, 8)),
-    **dict.fromkeys((ops.kv_offload.default, ops.kv_offload.recomputing), (3, 5)),
-    **dict.fromkeys((ops.kv_prefetch.default, ops.kv_prefetch.recomputing), (3, 7)),
+    **dict.fromkeys(_OFFLOADS, (3, 5)),
+    ops.kv_prefetch.default: (3, 7),
     ops.hidden_append.default: (2, 4),
     ops.kv_select.default: (4, 7),
     ops.kv_seed.default: (4, 8),
@@ -38,8 +39,8 @@ def check(gm: fx.GraphModule, skipped: Sequence[SkipRow]) -> None:
     4. Selection follows attention exactly where rows are selected; without sparsity the graph only appends and attends.
     5. In a store with tiers each rewritten layer waits once, before its append, and after its attention and selection
        starts one offload, then one prefetch. No other store waits or moves anything.
-    6. In a store that deletes rows each append follows one save of its layer's input, and each rewritten layer ends
-       with one offload, prefetch and recomputation, and waits for nothing.
+    6. In a store that deletes rows each append follows one save of its layer's input, and in each rewritten layer one
+       recomputation follows the prefetch, so that it runs while rows are fetched.
     """
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and str(n.target).startswith("alisa.")]
@@ -100,18 +101,20 @@ def _check_movement(nodes: list[fx.Node], order: dict[fx.Node, int]) -> None:
     if len(waits) != sum(is_op(n, ops.kv_wait.default) for n in nodes):
         raise GraphError("a layer waits for its transfers more than once in a step", expected="once")
     starts = {}
-    for op, ticket in ((ops.kv_offload.default, 4), (ops.kv_prefetch.default, 6)):
-        found = [n for n in nodes if is_op(n, op)]
-        starts[op] = {(n.args[ticket], _site(n)[1]): n for n in found}
-        if len(starts[op]) != len(found) or starts[op].keys() != waits.keys():
-            raise GraphError(f"{op} does not come once for each layer that waits", got=len(found), expected=len(waits))
+    for name, variants, ticket in (("kv_offload", _OFFLOADS, 4), ("kv_prefetch", (ops.kv_prefetch.default,), 6)):
+        found = [n for n in nodes if is_op(n, *variants)]
+        starts[name] = {(n.args[ticket], _site(n)[1]): n for n in found}
+        if len(starts[name]) != len(found) or starts[name].keys() != waits.keys():
+            raise GraphError(
+                f"{name} does not come once for each layer that waits", got=len(found), expected=len(waits)
+            )
     appends = {_site(n): n for n in nodes if is_op(n, *APPENDS)}
     latest: dict[tuple[object, object], fx.Node] = {}
     for node in nodes:
         if is_op(node, *_STORED, *_SCORING):
             latest[_site(node)] = node
     for key, wait in waits.items():
-        offload, prefetch = starts[ops.kv_offload.default][key], starts[ops.kv_prefetch.default][key]
+        offload, prefetch = starts["kv_offload"][key], starts["kv_prefetch"][key]
         site = _site(offload)
         append = appends.get(site)
         ends = latest.get(site, append)
@@ -137,22 +140,20 @@ def _check_recomputation(nodes: list[fx.Node], order: dict[fx.Node, int]) -> Non
     for node in [n for n in nodes if is_op(n, ops.kv_offload.recomputing)]:
         if _site(node) not in saved:
             raise GraphError(f"{node.name} deletes rows of layer {_site(node)[1]} whose inputs are not saved")
+    offloads = [n for n in nodes if is_op(n, ops.kv_offload.recomputing)]
     deleting: set[object] = {n.args[15] for n in nodes if is_op(n, ops.kv_read.recomputing)}
-    # Each with the places of its ticket and layer among the arguments.
-    moves = ((ops.kv_offload.recomputing, 4, 5), (ops.kv_prefetch.recomputing, 6, 7), (ops.kv_recompute.default, 2, 3))
-    before: dict[tuple[object, object], int] | None = None
-    for op, ticket, layer in moves:
-        found = [n for n in nodes if is_op(n, op)]
-        places: dict[tuple[object, object], int] = {(n.args[ticket], n.args[layer]): order[n] for n in found}
-        if len(places) != len(found) or (before is not None and places.keys() != before.keys()):
-            raise GraphError(f"{op} does not come once for each layer", got=len(found), expected=len(before or places))
-        for key, place in places.items():
-            if before is not None and place < before[key]:
-                raise GraphError(
-                    f"transfers of layer {key[1]} are out of order", expected="offload, prefetch, recomputation"
-                )
-        before = places
-        deleting |= {key[0] for key in places}
-    for node in [n for n in nodes if is_op(n, ops.kv_wait.default)]:
-        if node.args[1] in deleting:
-            raise GraphError(f"{node.name} waits in a store whose transfers end where they start")
+    deleting |= {n.args[4] for n in offloads}
+    for node in [n for n in nodes if is_op(n, ops.kv_offload.default)]:
+        if node.args[4] in deleting:
+            raise GraphError(f"{node.name} deletes rows without comparing the first with what is rebuilt")
+    every = {(n.args[6], n.args[7]): n for n in nodes if is_op(n, ops.kv_prefetch.default)}
+    prefetches = {key: node for key, node in every.items() if key[0] in deleting}
+    found = [n for n in nodes if is_op(n, ops.kv_recompute.default)]
+    recomputes = {(n.args[2], n.args[3]): n for n in found}
+    if len(recomputes) != len(found) or recomputes.keys() != prefetches.keys():
+        raise GraphError(
+            "kv_recompute does not come once for each layer that prefetches", got=len(found), expected=len(prefetches)
+        )
+    for key, node in recomputes.items():
+        if order[node] < order[prefetches[key]]:
+            raise GraphError(f"rows of layer {key[1]} are rebuilt before others are fetched")

@@ -97,7 +97,7 @@ def tier_bytes(shape: StoreShape, config: AlisaConfig, capacity: int, sizes: Tie
     if sizes is None:
         return {"device": device}
     position = position_bytes(shape, config)
-    host = position * sizes.host
+    host = 0 if sizes.shared_until else position * sizes.host
     if sizes.deleted:
         host += hidden_bytes(shape, config, sizes.hidden_size) * sizes.deleted
     return {"device": device, "host": host, "disk": position * sizes.disk}

@@ -326,10 +326,33 @@ class Demand:
             return TierSizes(device, host, below - host, self.staged, cap)
         least = Below(self.kv, self.hidden, budgets.host, budgets.disk).least_deleted(below)
         deleted = below if self.config.recompute == "always" or least is None else least
+        host, until = (0, 0) if deleted < below else self._shared_room(placement, deleted)
+        if until:
+            return TierSizes(device, host, 0, self.staged, cap, deleted, self.model.hidden_size, until)
         # Before rows are deleted the host has room for as many as beside their layer inputs.
         host = 0 if deleted == below else min(below, (budgets.host - self.hidden * deleted) // self.kv)
         disk = max(0, below - deleted - host)
         return TierSizes(device, host, disk, self.staged, cap, deleted, self.model.hidden_size)
+
+    def _shared_room(self, placement: Placement, deleted: int) -> tuple[int, int]:
+        """Where the host has room for layer inputs alone: positions whose rows it holds until these come, and tokens.
+
+        None where K and V of several shapes, or scales, would not fit into one another's room, nor where all rows have
+        to leave as layer inputs.
+        """
+        if self.config.recompute == "always" or self.config.kv_dtype == "int8" or len(self.model.stores) > 1:
+            return 0, 0
+        selection = self.selection(placement.cap)
+        spec = "" if selection is None else selection.encode()
+
+        def works(tokens: int) -> bool:
+            return self.kv * first_recent(tokens, placement.positions, spec, 0) <= self.hidden * (deleted - tokens)
+
+        fits = placement.positions - 1  # so many tokens, and nothing is below the device
+        if fits < 1 or not works(fits):
+            return 0, 0
+        until = _largest(works, fits, deleted)
+        return (self.hidden * (deleted - until) // self.kv, until) if until > fits else (0, 0)
 
     def is_feasible(self, device: int, host: int, disk: int) -> bool:
         """Whether some plan keeps within these budgets."""
@@ -363,6 +386,7 @@ def _problem(
         refresh, refresh_next = shares[:-1], shares[1:]
         churn[:] = churn_of(selection, profile, n + 1, next_set, dynamic)
     refresh[0] = churn[0] = 0  # a dense prefill attends to what it has at hand
+    sizes = demand.sizes(placement, budgets)
     return Problem(
         prompt=demand.prompt,
         steps=steps,
@@ -380,7 +404,8 @@ def _problem(
         recompute=recompute_table(demand.model, profile, demand.capacity),
         prefill_seconds=_prefill_seconds(demand.model, profile, demand.prompt),
         may_recompute=demand.may_recompute,
-        least_deleted=demand.sizes(placement, budgets).deleted,
+        least_deleted=sizes.deleted,
+        shares_host=sizes.shared_until > 0,
         must_recompute=demand.config.recompute == "always",
         objective=objective,
     )
@@ -487,7 +512,8 @@ def _plan(
     peak["device"] = fixed + staging + kv * placement.positions
     if p2 is None:
         sizes = demand.sizes(placement, budgets)
-        peak |= {"host": kv * sizes.host, "disk": kv * sizes.disk}
+        rows = 0 if sizes.shared_until else sizes.host
+        peak |= {"host": kv * rows + demand.hidden * sizes.deleted, "disk": kv * sizes.disk}
     on_disk = np.flatnonzero(line.on_disk)
     last = problem.positions[-1]
     return Plan(

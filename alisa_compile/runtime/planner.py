@@ -10,7 +10,8 @@ II   from p1, the first step after which the coming token has no slot left: R po
      the rows of the coming working set that are not resident come up; where layers refresh, every row that is not
      resident streams through the device during attention.
 III  from p2: K and V of the D oldest positions are deleted, and rebuilt from saved hidden states when needed. Those
-     states go to the host when their token is produced, because nothing could make them later.
+     states go to the host when their token is produced, because nothing could make them later. Where the host has room
+     for them alone, KV rows have what is free of it until p2, and then all old positions are deleted.
 
 p1 is arithmetic. Of alpha the smallest that fits is best whenever the recompute table never falls, because every term
 of the objective then grows with alpha: the greedy choice is exact. beta has no such order, nor has alpha with a table
@@ -95,7 +96,7 @@ class Problem:
     compute: seconds of a step by rows attended. recompute: seconds by positions rebuilt, from (0, 0).
     prefill_seconds: compute of step 0. may_recompute: whether beta may be above 0; must_recompute: it is 1 of all old
     positions, from p1 on. least_deleted: positions that are deleted at least, because the host has no room for them
-    when the store is full.
+    when the store is full. shares_host: until their layer inputs come, KV rows have the room of these.
     """
 
     prompt: int
@@ -116,6 +117,7 @@ class Problem:
     may_recompute: bool = True
     least_deleted: int = 0
     must_recompute: bool = False
+    shares_host: bool = False
     objective: str = "overlapped"
 
     @property
@@ -240,8 +242,11 @@ def timeline(
     old = np.where(below, problem.old(resident), 0)
     deleted = np.where(deletes, np.minimum(count, old), 0)
     hidden = np.minimum(count, n)
-    # The host's room for hidden states is theirs from the start.
-    on_disk, fits = problem.below.on_disk(old, deleted, count), problem.below.fits(old, deleted, count)
+    room: Below = problem.below
+    held: int | Ints = count  # the host's room for hidden states is theirs from the start
+    if problem.shares_host and count:
+        room, held = dataclasses.replace(room, host=min(room.host, room.hidden * count), disk=0), hidden
+    on_disk, fits = room.on_disk(old, deleted, held), room.fits(old, deleted, held)
 
     kv, hidden_bytes = problem.below.kv, problem.below.hidden
     links, alpha = problem.links, away / n

@@ -153,6 +153,7 @@ class TokenStore:
         self.table, self.length, self.valid = table, length, valid
         self.scores, self.rows, self.counts, self.origin = scores, rows, counts, origin
         self.tiers, self.ticket, self.disk = tiers, ticket, disk
+        self._shared_ring = sizes.host if sizes is not None and sizes.shared_until else 0
         self.selection = selection
         # Without the plan's cap, which reaches the graph as a number in `origin`: no other graph for another budget.
         plain = selection_spec(self.config)
@@ -161,6 +162,7 @@ class TokenStore:
         self._note_bytes()
         dynamic = [(id(tensor), dim) for tensor, dim in self.dynamic_dimensions()]
         for tensor in self.tensors():
+            compat.mark_static_address(tensor)
             for dim in range(tensor.dim()):
                 # The others are the model's and the batch's: each has graphs of its own, however many a process meets.
                 mark = compat.mark_dynamic if (id(tensor), dim) in dynamic else compat.mark_static
@@ -192,7 +194,11 @@ class TokenStore:
     def _make_tiers(self, sizes: TierSizes, disk: DiskFile | None, capacity: int) -> TierState:
         shape, device = self.shape, self.shape.device
         lists = shape.num_layers * shape.batch_size * self.groups
-        host = self._make_pool(Tier.HOST, lists * sizes.host, torch.device("cpu"), capacity)
+        hidden = self._make_hidden(sizes, capacity)
+        host_slots = 0 if sizes.shared_until else lists * sizes.host
+        host = self._make_pool(Tier.HOST, host_slots, torch.device("cpu"), capacity)
+        if hidden is not None and sizes.shared_until:
+            host.rows = hidden.room(lists * sizes.host, host.rows.shape[1:])
         staging = self._make_pool(Tier.DEVICE, shape.batch_size * self.groups * sizes.staging, device, capacity)
         return TierState(
             quota=sizes.device,
@@ -209,7 +215,7 @@ class TokenStore:
             staging=staging.rows,
             staging_scales=staging.scales,
             disk=disk,
-            hidden=self._make_hidden(sizes, capacity),
+            hidden=hidden,
         )
 
     def _make_hidden(self, sizes: TierSizes, capacity: int) -> HiddenRows | None:
@@ -228,6 +234,7 @@ class TokenStore:
             ) from error
         return HiddenRows(
             sizes.deleted,
+            sizes.shared_until or sizes.deleted,
             rows,
             torch.zeros(slots) if self.is_int8 else None,
             torch.zeros((shape.batch_size, capacity), dtype=torch.int32),
@@ -314,7 +321,7 @@ class TokenStore:
         )  # fmt: skip
         host = tiers.host.nbytes + (0 if tiers.host_scales is None else tiers.host_scales.nbytes)
         if tiers.hidden is not None:
-            host += tiers.hidden.nbytes
+            host = tiers.hidden.nbytes + (0 if tiers.hidden.is_shared else host)
             device += tiers.hidden.device_nbytes
         disk = 0 if self.disk is None else self.disk.positions * tiers.lists * tiers.row_bytes
         return {Tier.DEVICE.value: device, Tier.HOST.value: host, Tier.DISK.value: disk}
@@ -366,7 +373,27 @@ class TokenStore:
                 got=f"{source.host_length} tokens in {source.capacity} places",
                 fix="set max_length to the most tokens that the cache will hold",
             )
+        if source.host_length > self.tiers.hidden.split:
+            self._use_host_for_inputs()
         self.tiers.hidden.take(source.tiers.hidden, index, source.tiers.home, source.host_length)
+
+    def _use_host_for_inputs(self) -> None:
+        """Delete all rows that lie where the layer inputs of the coming tokens will be saved."""
+        tiers = self.tiers
+        if tiers is None or tiers.hidden is None or not tiers.hidden.is_shared or tiers.ring == 0:
+            return
+        drain(tiers)
+        tiers.hidden.deleted.copy_(tiers.below)
+        tiers.on_disk.copy_(tiers.below)
+        self._set_ring(0)
+
+    def _set_ring(self, positions: int) -> None:
+        """Let the host hold rows of so many positions of each layer, sequence and group in the room of layer inputs."""
+        assert self.tiers is not None and self.tiers.hidden is not None and self.ticket is not None
+        self.tiers.close()
+        self.ticket[:-1] = 0  # transfers are numbered anew
+        self.tiers.host = self.tiers.hidden.room(self.tiers.lists * positions, self.tiers.host.shape[1:])
+        self.tiers.open(self.pool, self.scales)
 
     def _take_rows(self, source: TokenStore, index: list[int], used: int) -> None:
         """Copy the first `used` rows of the sequences `index` of another store with the same layers and heads."""
@@ -414,6 +441,8 @@ class TokenStore:
         if self.tiers is not None:
             recover(self.tiers)
         self._forget_from(0)
+        if self.tiers is not None and self._shared_ring and self.tiers.ring == 0:
+            self._set_ring(self._shared_ring)
         self.has_history = False
         self.host_length = 0
         self._set_origin(0)
@@ -476,7 +505,8 @@ class TokenStore:
         tiers.below.clamp_(max=length)
         tiers.on_disk.clamp_(max=length)
         tiers.misses.zero_()
-        if tiers.hidden is not None:
+        if tiers.hidden is not None and self.ticket is not None:
+            tiers.forget_pending(self.ticket, self.table)
             tiers.hidden.forget_from(length)
         self.table[..., length:] = -1
         if tiers.engine is not None:
@@ -503,13 +533,11 @@ class TokenStore:
         ops = torch.ops.alisa
         stored = self.pool, self.scales, self.table, self.length
         for layer in lacking:
-            if tiers.hidden is not None:
-                ops.kv_offload.recomputing(*stored, ticket, layer, self.spec)
-                ops.kv_prefetch.recomputing(*stored, self.rows, self.counts, ticket, layer)
-                ops.kv_recompute(self.pool, self.scales, ticket, layer)
-                continue
-            ops.kv_offload(*stored, ticket, layer, self.spec)
+            offload = ops.kv_offload.default if tiers.hidden is None else ops.kv_offload.recomputing
+            offload(*stored, ticket, layer, self.spec)
             ops.kv_prefetch(*stored, self.rows, self.counts, ticket, layer)
+            if tiers.hidden is not None:
+                ops.kv_recompute(self.pool, self.scales, ticket, layer)
             ops.kv_wait(self.pool, ticket, self.pool, layer)
         if tiers.engine is None:
             drain(tiers)
@@ -687,6 +715,9 @@ class TokenStore:
                 got=f"validate={self.config.validate} in another forward pass",
                 fix="leave validate at its default (0) here",
             )
+        hidden = None if self.tiers is None else self.tiers.hidden
+        if hidden is not None and self.host_length + new_tokens > hidden.split:
+            self._use_host_for_inputs()
         if new_tokens == 1:
             self._make_room()
         if self.tiers is not None and self.tiers.engine is not None:
@@ -716,8 +747,11 @@ class TokenStore:
             return self._counted
         drain(self.tiers)
         hidden = self.tiers.hidden
-        rebuilt = (0, 0) if hidden is None else (hidden.rows_recomputed, hidden.nanoseconds)
-        now = (*self.tiers.traffic.tolist(), *rebuilt)
+        down, up, *others = self.tiers.traffic.tolist()
+        now = (down, up, *others, 0, 0)
+        if hidden is not None:
+            rebuilt = hidden.rows_recomputed, hidden.nanoseconds
+            now = (down + hidden.bytes_down, up + hidden.bytes_up, *others, *rebuilt)
         return tuple(earlier + count for earlier, count in zip(self._counted, now, strict=True))
 
     @property

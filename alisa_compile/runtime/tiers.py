@@ -59,7 +59,8 @@ class TierSizes:
     device: slots, the coming token's included. host, disk: together they take whatever the device does not keep.
     staging: positions of one layer that stream through the device at a time. max_rows: cap on the working set that the
     device's budget forces; None = none beside the option's. deleted: so many first positions have their layer inputs,
-    of width hidden_size, saved on the host, and lose K and V when the host is full.
+    of width hidden_size, saved on the host, and lose K and V when the host is full. shared_until: the host's rows lie
+    where layer inputs come once there are more tokens than that, and are then deleted; 0 = they have room of their own.
     """
 
     device: int
@@ -69,6 +70,7 @@ class TierSizes:
     max_rows: int | None = None
     deleted: int = 0
     hidden_size: int = 0
+    shared_until: int = 0
 
 
 @dataclasses.dataclass

@@ -88,8 +88,10 @@ def bisect(
 ) -> Finding:
     """Compare with the model's own generation on `tokens [1, n]` and the `new_tokens` that it continues them with.
 
-    tolerance: the KL divergence up to which a run is right. say: is told about each run.
+    tolerance: the KL divergence up to which a run is right. say: is told about each run. No rows are deleted, whatever
+    the options say of recompute: without rewrites nothing could make them again.
     """
+    options = {**options, "recompute": "off"}
     trials = _Trials(model, tokens, new_tokens, options, tolerance, padding or {}, say)
     # Without Inductor a run takes seconds, and most faults of rewrites show there too.
     inner = AlisaConfig.from_options(options).inner_compiler

@@ -86,7 +86,8 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineProfile:
 def test_a_share_of_what_phase_two_needs(family: str, share: float, inner: str, profile: MachineProfile) -> None:
     """Phases from the planned steps on; tokens as with everything on the device; the host's budget holds.
 
-    With half of it all rows that leave are deleted, because layer inputs are half of K and V: there is no phase II.
+    With half of it layer inputs, which are half of K and V, need all of the host in the end; until they come, rows have
+    the room.
     """
     model = model_of(family)
     options = {**CHURN, **budgets_of(model, share, **CHURN)}
@@ -105,11 +106,8 @@ def test_a_share_of_what_phase_two_needs(family: str, share: float, inner: str, 
         max_length=CAPACITY,
         **options,
     )
-    assert plan.p1 is not None and plan.p2 is not None and 0 < plan.p1 <= plan.p2 < NEW
-    assert (plan.p1 < plan.p2) == (share > 0.5)
+    assert plan.p1 is not None and plan.p2 is not None and 0 < plan.p1 < plan.p2 < NEW
     firsts = {"I": 0, "II": plan.p1, "III": plan.p2}
-    if plan.p1 == plan.p2:
-        del firsts["II"]
     assert {phase["phase"]: phase["first_step"] for phase in report["phases"]} == firsts
     assert report["rows_recomputed"] > 0 and report["recompute_ms"] > 0 and report["bytes_saved"] > 0
     assert report["peak_bytes"]["host"] <= options["host_kv_budget"]
@@ -143,6 +141,8 @@ def test_grouped_heads_never_delete(profile: MachineProfile) -> None:
         ("llama, grouped", CHURN),
         pytest.param("qwen3", {"refresh": 5}, marks=pytest.mark.slow),
         pytest.param("neox", CHURN, marks=pytest.mark.slow),
+        pytest.param("falcon", CHURN, marks=pytest.mark.slow),
+        pytest.param("gemma3", CHURN, marks=pytest.mark.slow),
         pytest.param("opt", {"sparsity": 0.0}, marks=pytest.mark.slow),
         pytest.param("llama", {"policy": "churn", "head_mode": "per_kv_head"}, marks=pytest.mark.slow),
         pytest.param("opt", {"policy": "churn", "kv_dtype": "int8"}, marks=pytest.mark.slow),

@@ -33,13 +33,6 @@ _OPS = ("kv_append", "swa_attention", "kv_select", "kv_seed")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def built() -> None:
-    """Skips where no compiler is: there is nothing to compare then."""
-    if not native.register_native():
-        pytest.skip("the native kernels cannot be built here")
-
-
 @pytest.mark.usefixtures("built")
 def test_the_kernels_serve_cpu_tensors() -> None:
     """Otherwise every comparison below would compare the references with themselves."""

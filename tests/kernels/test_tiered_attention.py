@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from alisa_compile.errors import TierError
-from alisa_compile.kernels import native
 from alisa_compile.kernels.swa_attention.tiered import swa_attention_tiered
 from alisa_compile.kernels.tiers import DISK_READ, HOST_TO_DEVICE, ROWS_MISSED, TierState, drain
 from alisa_compile.runtime.tiers import TierSizes
 from tests.kernels.harness import Block, Driver, Heads, ops, random_block, torch_threads
+
+pytestmark = pytest.mark.usefixtures("built")
 
 HEADS = Heads(query=8, kv=2, dim=40)  # 40 is no multiple of a vector
 QUOTA, STAGING = 90, 64
@@ -31,13 +32,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": torch.bfloat16, "kv_dtype": "int8"},
     "int8 of float32": {"dtype": torch.float32, "kv_dtype": "int8"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _built() -> None:
-    """Skips where no compiler is: there is nothing to compare then."""
-    if not native.register_native():
-        pytest.skip("the native kernels cannot be built here")
 
 
 def _tiers(driver: Driver) -> TierState:

@@ -19,11 +19,12 @@ import torch
 
 from alisa_compile import kernels
 from alisa_compile.errors import TierError
-from alisa_compile.kernels import native
 from alisa_compile.kernels.tiers import DISK_STALL_NS, DISK_WRITE, HOST_TO_DEVICE, STALL_NS, TierState, drain, recover
 from alisa_compile.runtime.store import TokenStore
 from alisa_compile.runtime.tiers import TierSizes
 from tests.kernels.harness import Driver, Heads, random_block
+
+pytestmark = pytest.mark.usefixtures("built")
 
 ops = torch.ops.alisa
 _ROOT = Path(__file__).resolve().parents[2]
@@ -44,13 +45,6 @@ SIZES = {
     "no host": TierSizes(device=40, host=0, disk=150, staging=16),
     "tight": TierSizes(device=9, host=10, disk=150, staging=16),
 }
-
-
-@pytest.fixture(autouse=True)
-def _built() -> None:
-    """Skips where no compiler is: there is nothing to compare then."""
-    if not native.register_native():
-        pytest.skip("the native kernels cannot be built here")
 
 
 class Native(Driver):

@@ -142,6 +142,8 @@ def short_run(config: Any, **options: Any) -> Run:
     return Run(prefill, arguments, decode, store, hidden, positions)
 
 
+#: Those of which everything is shown.
+SIX = ("llama, multi-head", "opt", "gpt-neox", "qwen3", "falcon, multi-query", "gemma 3")
 _SLOW = ("llama", "opt, norm after", "falcon, new decoder")
 
 
@@ -211,7 +213,9 @@ def test_layers_share_code(run: Run) -> None:
     assert len(keys) == 1
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt-neox"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("qwen3", "gpt-neox"))) for name in SIX]
+)
 def test_compiled_by_inductor(family: str) -> None:
     """Any number of tokens, in one compilation for all layers."""
     run = family_run(family)
@@ -227,24 +231,46 @@ def test_compiled_by_inductor(family: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_hidden_int8() -> None:
-    """From an int8 layer input: within the rounding of the input, carried through the projections."""
-    run = short_run(FAMILIES["llama, multi-head"](), kv_dtype="int8")
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("opt", "qwen3"))) for name in SIX]
+)
+def test_hidden_int8(family: str) -> None:
+    """From an int8 layer input: within its rounding, half a step in each channel, as the producer carries it on."""
+    run = short_run(FAMILIES[family](), kv_dtype="int8")
     producer, hidden = run.producer(0), run.hidden[0]
     rounded, scale = quantize_row(hidden)
     restored = dequantize_row(rounded, scale, torch.float32)
-    assert bool(((restored - hidden).abs() <= 0.5001 * scale.unsqueeze(-1)).all())
+    half_step = 0.5001 * scale
+    assert bool(((restored - hidden).abs() <= half_step.unsqueeze(-1)).all())
     exact, got = producer(hidden, run.positions), producer(restored, run.positions)
-    matrices = [t.detach() for t in producer._constants if t.dim() == 2]
-    largest = max(float(t.abs().sum(1).max()) for t in matrices)
-    # Rotation mixes two channels, so at most sqrt(2) of one channel's error; half a step in each input channel.
-    bound = 2**0.5 * 0.5001 * largest * float(scale.max())
-    for a, b in zip(got, exact, strict=True):
-        assert 0 < float((a - b).abs().max()) <= bound
-        assert _error(a, b) < 0.02
+    for a, b, slope in zip(got, exact, _slopes(producer, hidden, run.positions), strict=True):
+        # Norms are not linear: what the slope leaves out is of the order of the rounding squared.
+        bound = 1.02 * slope * half_step[:, None, :, None] + 2e-6 * b.abs().max()
+        assert bool(((a - b).abs() <= bound).all())
+        assert 1e-4 < _error(a, b) < 0.03
     # What the store holds is int8 too: half a step of its own scale apart.
-    for a, b in zip(run.stored(0), exact, strict=True):
-        assert _error(a, b) <= 0.51 / 127 + 1e-6
+    _, scales = run.store.read(0, 0, PROMPT + NEW)
+    assert scales is not None
+    steps = scales.permute(3, 0, 1, 4, 2).flatten(2, 3).unsqueeze(-1)  # [K|V, B, Hkv, T, 1]
+    for stored, b, step in zip(run.stored(0), exact, steps, strict=True):
+        assert bool(((stored - b).abs() <= 0.5001 * step + 2e-6 * b.abs().max()).all())
+
+
+def _slopes(producer: KVProducer, hidden: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+    """For each element of K and V `[B, Hkv, T, D]`, how much all channels of its token's input can move it together."""
+    hidden = hidden.detach().clone().requires_grad_()
+    shared = positions[:1] if producer.shares_positions else positions
+    arguments = [hidden] if producer._positions == "none" else [hidden, shared]
+    slopes = []
+    with torch.enable_grad():
+        for part in producer._function(*arguments, *producer._constants):
+            slope = torch.zeros_like(part)
+            for head in range(part.shape[1]):
+                for channel in range(part.shape[3]):  # tokens do not depend on each other
+                    (gradient,) = torch.autograd.grad(part[:, head, :, channel].sum(), hidden, retain_graph=True)
+                    slope[:, head, :, channel] = gradient.abs().sum(-1)
+            slopes.append(slope.detach())
+    return slopes
 
 
 def test_refusals() -> None:

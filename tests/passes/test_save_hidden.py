@@ -17,11 +17,12 @@ from tests.passes.graphs import Capture, captures
 ops = torch.ops.alisa
 CHAIN = (
     ops.hidden_append.default,
+    ops.kv_wait.default,
     ops.kv_append.default,
     ops.swa_attention.recomputing,
     ops.kv_select.default,
     ops.kv_offload.recomputing,
-    ops.kv_prefetch.recomputing,
+    ops.kv_prefetch.default,
     ops.kv_recompute.default,
 )
 
@@ -43,7 +44,7 @@ def decode_of(graphs: list[Capture]) -> Capture:
 
 
 def test_every_layer(graphs: list[Capture]) -> None:
-    """In order, once a layer, and nothing waits: transfers end where they start."""
+    """In order, once a layer: what was fetched in the step before is waited for, and rows are rebuilt meanwhile."""
     decode = decode_of(graphs).after
     calls = [n.target for n in decode.graph.nodes if str(n.target).startswith("alisa.")]
     assert calls == list(CHAIN) * LAYERS
@@ -66,11 +67,8 @@ def _move_to_the_end(target: object) -> Callable[[fx.GraphModule], None]:
     return change
 
 
-def _wait(gm: fx.GraphModule) -> None:
-    recompute = next(n for n in gm.graph.nodes if n.target is ops.kv_recompute.default)
-    with gm.graph.inserting_before(recompute):
-        pool, _, ticket, layer = recompute.args
-        gm.graph.call_function(ops.kv_wait.default, (pool, ticket, pool, layer))
+def _offload_unchecked(gm: fx.GraphModule) -> None:
+    next(n for n in gm.graph.nodes if n.target is ops.kv_offload.recomputing).target = ops.kv_offload.default
 
 
 @pytest.mark.parametrize(
@@ -79,10 +77,11 @@ def _wait(gm: fx.GraphModule) -> None:
         (_remove(ops.hidden_append.default), "whose inputs are not saved"),
         (_move_to_the_end(ops.hidden_append.default), "does not come once before an append"),
         (_remove(ops.kv_recompute.default), "does not come once for each layer"),
-        (_move_to_the_end(ops.kv_prefetch.recomputing), "out of order"),
-        (_wait, ""),
+        (_move_to_the_end(ops.kv_prefetch.default), "rebuilt before others are fetched"),
+        (_remove(ops.kv_wait.default), "does not come once for each layer that waits"),
+        (_offload_unchecked, "without comparing the first"),
     ],
-    ids=["nothing saved", "saved too late", "never rebuilt", "fetched too late", "waits"],
+    ids=["nothing saved", "saved too late", "never rebuilt", "fetched too late", "never waits", "never compared"],
 )
 def test_broken_graphs(change: Callable[[fx.GraphModule], None], message: str, graphs: list[Capture]) -> None:
     """Each rule notices the graph that breaks it."""

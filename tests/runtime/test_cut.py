@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from alisa_compile import ConfigError
 from alisa_compile.passes.kv_producer import tensor_graph
 from alisa_compile.runtime.cut import Cut, Machine, best_cut, cut_at, distinct_cuts, minimum_cut
-from tests.passes.test_kv_producer import family_run
-
-FAMILIES = ("llama, multi-head", "opt", "gpt-neox", "qwen3", "falcon, multi-query", "gemma 3")
+from tests.passes.test_kv_producer import SIX, family_run
 
 
 def every_cut(tensors: nx.DiGraph) -> list[Cut]:
@@ -92,7 +90,7 @@ def test_random_graphs_against_exhaustive_enumeration(tensors: nx.DiGraph) -> No
     check_against_all(tensors, every_cut(tensors))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIX)
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_producers_against_exhaustive_enumeration(family: str, kv_dtype: str) -> None:
     """The subgraphs of six architectures, with every tensor that a graph of theirs could keep."""

@@ -135,6 +135,7 @@ def random_problem(seed: int) -> Problem:
         prefill_seconds=rng.random(),
         may_recompute=rng.random() < 0.8,
         objective=rng.choice(("overlapped", "paper")),
+        shares_host=rng.random() < 0.2,
     )
 
 
@@ -171,10 +172,12 @@ def brute_cost(p: Problem, resident: int, count: int, p2: int) -> float:
         gone = set(old[:count]) if j >= p2 else set()
         kept = [position for position in old if position not in gone]
         states = set(range(min(count, n)))
-        room = p.below.host - hidden * count  # kept free for all of them
+        room, on_disk = p.below.host - hidden * count, p.below.disk  # kept free for all of them
+        if p.shares_host and count:
+            room, on_disk = min(p.below.host, hidden * count) - hidden * len(states), 0
         in_host = max(0, min(len(kept), room // kv))
         disk = set(kept[: len(kept) - in_host])
-        if room < 0 or len(disk) * kv > p.below.disk:
+        if room < 0 or len(disk) * kv > on_disk:
             return math.inf
         new = [position for position in kept if position >= old_count and position not in written]
         share = len(gone) / max(len(old), 1)
@@ -415,6 +418,21 @@ def test_phase_three_where_the_host_is_full() -> None:
         planned(1_500_000, 3 * needed // 4, shape=shape, recompute="off")
     always = planned(1_500_000, shape=shape, recompute="always")
     assert always.p2 == always.p1 and always.deleted_positions * always.position_bytes >= needed
+
+
+def test_phase_three_where_the_host_ends_with_layer_inputs_alone() -> None:
+    """Half of what K and V need: rows have what is free of it until the inputs come."""
+    shape, machine, lengths = model(store(kv_heads=8), hidden=128), profile(link=1e15), {"prompt": 100, "new": 350}
+    with pytest.raises(InfeasibleError) as caught:
+        planned(800_000, 100_000, shape=shape, machine=machine, **lengths)
+    host = caught.value.smallest_budgets["host"]
+    plan = planned(800_000, host, shape=shape, machine=machine, **lengths)
+    assert plan.p1 is not None and plan.p2 is not None and 0 < plan.p1 < plan.p2
+    on_host, hidden, kv = plan.bytes_by_tier["host"], plan.position_bytes // 2, plan.position_bytes
+    assert max(on_host) <= host
+    assert on_host[-1] == hidden * plan.deleted_positions  # no K and V are left there
+    assert on_host[plan.p2 - 1] > hidden * (100 + plan.p2 - 1)  # some were
+    assert on_host[plan.p2 - 1] + kv + hidden >= hidden * plan.deleted_positions  # as long as they had room
 
 
 def test_recompute_cannot_win_with_grouped_heads() -> None:

@@ -173,7 +173,7 @@ def test_rows_are_deleted_where_nothing_else_makes_room(options: dict[str, Any])
             assert (sizes.deleted, sizes.host) == (below, 0)
             continue
         assert sizes.host + sizes.deleted >= below
-        fewer = dataclasses.replace(sizes, deleted=sizes.deleted - 1, host=below - sizes.deleted + 1)
+        fewer = dataclasses.replace(sizes, deleted=sizes.deleted - 1, host=below - sizes.deleted + 1, shared_until=0)
         assert tier_bytes(shape, config, capacity, fewer)["host"] > host
 
 

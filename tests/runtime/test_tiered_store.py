@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa_compile.runtime.tiers import TierSizes
-from tests.kernels.harness import Driver, Heads, close, random_block
+from tests.kernels.harness import Block, Driver, Heads, close, random_block
 
 HEADS = Heads()
 POLICIES: list[dict[str, Any]] = [
@@ -48,12 +48,16 @@ class Pair:
     def stores(self) -> tuple[Any, Any]:
         return self.drivers[0].store, self.drivers[1].store
 
+    def block(self, count: int) -> Block:
+        """So many new tokens."""
+        batch = self.stores[0].shape.batch_size
+        return random_block(self.generator, HEADS, count, layers=2, batch=batch, dtype=torch.float64)
+
     def tokens(self, count: int) -> None:
         """One forward pass in both; the outputs are near equal."""
         for store in self.stores:
             store.reserve(store.host_length + count)
-        batch = self.stores[0].shape.batch_size
-        block = random_block(self.generator, HEADS, count, layers=2, batch=batch, dtype=torch.float64)
+        block = self.block(count)
         got, expected = (driver.forward(block) for driver in self.drivers)
         close(got, expected, torch.float64)
 
@@ -89,8 +93,7 @@ class Pair:
         """A forward pass that fails after its first layer."""
         for store in self.stores:
             store.reserve(store.host_length + count)
-        batch = self.stores[0].shape.batch_size
-        block = random_block(self.generator, HEADS, count, layers=2, batch=batch, dtype=torch.float64)
+        block = self.block(count)
         for driver in self.drivers:
             driver.store.begin_step(count)
             driver.append(block, 0)

@@ -83,6 +83,16 @@ def test_it_names_the_pass_the_layer_and_the_graph(
     assert len(lines) <= 9  # log2 of the number of rewrites, not the number
 
 
+@pytest.mark.slow
+def test_rows_below_the_device(model_and_text: tuple[Any, torch.Tensor], plant: Any) -> None:
+    """They are not deleted for it: a run without rewrites could not make them again."""
+    plant(planted(torch.ops.alisa.swa_attention.tiered))
+    model, tokens = model_and_text
+    options = {"sparsity": 0.0, "inner_compiler": "eager", "device_kv_budget": 110_000, "recompute": "always"}
+    found = bisect(model, tokens, 4, options)
+    assert found.rewrite is not None and found.rewrite.layer == WRONG_LAYER
+
+
 def test_nothing_is_blamed_where_nothing_is_wrong(model_and_text: tuple[Any, torch.Tensor]) -> None:
     """At sparsity 0 our own passes are exact."""
     model, tokens = model_and_text

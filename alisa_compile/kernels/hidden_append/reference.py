@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from ..tiers import DEVICE_TO_HOST, hidden_of, state_of
+from ..tiers import hidden_of, state_of
 
 
 def hidden_append(
@@ -17,5 +17,4 @@ def hidden_append(
     """
     state, began = state_of(ticket), time.perf_counter_ns()
     written = hidden_of(state).append(layer, int(length[layer]), hidden, positions, state.home)
-    state.traffic[DEVICE_TO_HOST] += written
     state.note_interval("down", began, written, layer)

@@ -98,6 +98,13 @@ void kv_prefetch(StableIValue* stack, uint64_t, uint64_t) {
     missed += enter(own, chosen, count, entries);
   }
   tiers->misses(layer) = missed;
+  const int64_t deleted = tiers->deleted(layer);
+  if (deleted > 0) {
+    const auto gone = std::stable_partition(entries.begin(), entries.end(),
+                                            [&](const Tiers::Entry& entry) { return entry.position >= deleted; });
+    tiers->pending(layer) = {{gone, entries.end()}, ticket.contiguous(1).data<int64_t>()[layer]};
+    entries.erase(gone, entries.end());
+  }
   if (entries.empty()) return;
   Job& job = empty_job();
   tiers->up(job, device, layer, entries);

@@ -1,7 +1,7 @@
-"""`alisa::kv_recompute`: K and V of deleted rows from saved layer inputs; and the other ops of stores that need it.
+"""`alisa::kv_recompute`: K and V of deleted rows from saved layer inputs; and the ops that check and read such rows.
 
-K and V are made by code of the model that only Python can call, so in such a store rows are moved by the plain-torch
-implementations, also where others have native kernels: these are the overloads named `recomputing`.
+K and V are made by code of the model that only Python can call, so `kv_offload.recomputing`, which compares the first
+rows that leave, and `swa_attention.recomputing`, which attends to deleted rows, begin in Python.
 """
 
 from __future__ import annotations
@@ -12,13 +12,9 @@ from typing import Any
 import torch
 
 from ..kv_offload.op import _fake as _fake_offload
-from ..kv_offload.reference import kv_offload
-from ..kv_prefetch.op import _fake as _fake_prefetch
-from ..kv_prefetch.reference import kv_prefetch
 from ..library import define
 from ..swa_attention.op import _fake as _fake_attention
-from ..swa_attention.tiered import swa_attention_tiered
-from .reference import kv_recompute
+from .reference import kv_offload_recomputing, kv_recompute, swa_attention_recomputing
 
 
 def _fake(pool: torch.Tensor, scales: torch.Tensor | None, ticket: torch.Tensor, layer: int) -> None:
@@ -26,7 +22,7 @@ def _fake(pool: torch.Tensor, scales: torch.Tensor | None, ticket: torch.Tensor,
 
 
 def _define_overload(of: Any, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """The same op with the same arguments, always in plain torch."""
+    """An op with the same arguments."""
     name, arguments = str(of._schema).removeprefix("alisa::").split("(", 1)
     define(f"{name.split('.')[0]}.recomputing({arguments}", implementation, fake)
 
@@ -36,6 +32,5 @@ define(
     kv_recompute,
     _fake,
 )
-_define_overload(torch.ops.alisa.kv_offload.default, kv_offload, _fake_offload)
-_define_overload(torch.ops.alisa.kv_prefetch.default, kv_prefetch, _fake_prefetch)
-_define_overload(torch.ops.alisa.swa_attention.tiered, swa_attention_tiered, _fake_attention)
+_define_overload(torch.ops.alisa.kv_offload.default, kv_offload_recomputing, _fake_offload)
+_define_overload(torch.ops.alisa.swa_attention.tiered, swa_attention_recomputing, _fake_attention)
