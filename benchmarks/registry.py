@@ -55,7 +55,7 @@ TITLES = {
     "recompute": "Decode step of an OPT (2 layers, hidden 512, 8 heads) where K and V of all tokens do not fit",
     "phase-1": "Everything fits, sparsity 0: alisa beside Inductor alone",
     "decode": "Decode step of a 4-layer Llama (hidden 1024, 16 heads, 4 KV heads), bf16, by context and batch",
-    "paper": "The paper's workload at a small OPT: prompt 128, 256 new tokens, room for half of K and V on the device",
+    "paper": "The paper's workload at a small OPT: prompt 128, 512 new tokens, room for half of K and V on the device",
     "fixed-rows": "Working set capped by max_rows: cost of a token by context",
     "llama-1b": "Llama-3.2-1B shapes, random weights, 16k tokens of context, bf16",
 }
@@ -185,7 +185,7 @@ def _recompute() -> list[Row]:
             "recompute:within_equal_budgets",
             {"policy": policy, "batch": 2, "prompt": 500, "new": 48, "layers": 2, "hidden": 512, "heads": 8},
             "the tokens that the same policy gives with everything on the device",
-            quick={"prompt": 200, "new": 8, "layers": 1, "hidden": 64, "heads": 4, "rounds": 1},
+            quick={"prompt": 400, "new": 8, "layers": 2, "hidden": 128, "heads": 4, "rounds": 1},
             limit_s=300,
         )
         for policy in ("swa", "churn")
@@ -248,7 +248,7 @@ def _paper() -> list[Row]:
             "paper",
             f"batch {batch}",
             "paper:workload",
-            {"batch": batch, "prompt": 128, "new": 256, "layers": 2, "hidden": 256, "heads": 4, "device_share": 0.5},
+            {"batch": batch, "prompt": 128, "new": 512, "layers": 2, "hidden": 256, "heads": 4, "device_share": 0.5},
             "the first 32 tokens of alisa at sparsity 0, and of both other schedulers, are those of stock transformers",
             quick={"prompt": 200, "new": 8, "layers": 4, "hidden": 64, "batch": min(batch, 4)},
             limit_s=400,
