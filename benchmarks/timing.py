@@ -10,6 +10,7 @@ from typing import Any
 
 ROUNDS = 5  # turns of each contender: what slows the machine for a while slows them all
 _FEWEST_CALLS = 2  # of a turn, however slow
+_LONG_S = 2.0  # of one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,15 @@ def alternate(
 
 
 def steps(step: Callable[[], Any], *, warm_up: int, fewest: int, most: int, seconds: float) -> Times:
-    """Calls of a contender that has no room for a second one in memory: as many as `seconds` allow, within limits."""
+    """Calls of a contender that has no room for a second one in memory: as many as `seconds` allow, within limits.
+
+    One that takes longer than `_LONG_S` is not repeated.
+    """
     for _ in range(warm_up):
         step()
     ends, measured = time.perf_counter() + seconds, []
     while len(measured) < fewest or (len(measured) < most and time.perf_counter() < ends):
         measured.append(seconds_of(step))
+        if measured[-1] > _LONG_S:
+            break
     return Times.of(measured)

@@ -2,7 +2,8 @@
 
 Each figure becomes `figureNN.json` (all numbers), `figureNN.md` (a table) and `figureNN.png`; one with several panels
 has a letter after its number. Figures 3, 4 and 10 are the same to the last bit on every run with the same versions of
-torch and matplotlib; 8 draws what `alisa eval` has measured; 9, 11 and 12 measure speed, in minutes.
+torch and matplotlib; 8 draws what `alisa eval` has measured, 9 what `alisa bench` has; 11 and 12 measure speed, in
+minutes.
 """
 
 from __future__ import annotations

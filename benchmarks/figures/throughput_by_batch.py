@@ -1,28 +1,29 @@
-"""Figure 9: throughput of the paper's workload by batch size, with room for half of K and V on the device.
+"""Figure 9: throughput of the paper's workload by batch size, from what `alisa bench` has measured.
 
-Within that budget: alisa with rows as they are and in INT8, a static split as FlexGen has it, and blocks with
-preemption as vLLM has them, both on alisa's own store, and of transformers' caches those that fit. The others of
-transformers run without the budget, for scale. What cannot run is a row that says why.
+With room for half of K and V on the device: alisa with rows as they are and in INT8, a static split as FlexGen has it,
+and blocks with preemption as vLLM has them, both on alisa's own store, and of transformers' caches those that fit. The
+others of transformers run without the budget, for scale. What cannot run is a row that says why.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tqdm import tqdm
-
-from benchmarks import isolated
 from benchmarks.figures.drawing import Figure
-from benchmarks.registry import Row, all_rows
-from benchmarks.results_file import BadResults
+from benchmarks.results_file import BadResults, read
+from benchmarks.run import RESULTS
 
 
 def make(*, small: bool = False) -> Figure:
-    """Tokens a second, prefill included; each batch size in a process of its own, as `alisa bench` has it."""
-    cases = [row for row in all_rows() if row.group == "paper"]
-    shape = cases[0].arguments(small)
-    batches = [row.parameters["batch"] for row in cases]
-    found = [_measured(row, small) for row in tqdm(cases, unit="batch", leave=False)]
+    """Tokens a second, prefill included."""
+    rows_kept = read(RESULTS).values() if RESULTS.exists() else ()
+    cases = [row for row in rows_kept if row["group"] == "paper" and row["status"] == "ok"]
+    if not cases:
+        raise BadResults(f"{RESULTS} has no row of the paper's workload: run `alisa bench --only paper` first")
+    cases.sort(key=lambda row: row["parameters"]["batch"])
+    shape = cases[0]["parameters"]
+    batches = [row["parameters"]["batch"] for row in cases]
+    found = [row["measures"] for row in cases]
     whos = [measure["who"] for measure in found[0]]
     by_who = {who: [next(m for m in measures if m["who"] == who) for measures in found] for who in whos}
     rows: list[list[Any]] = []
@@ -51,11 +52,3 @@ def make(*, small: bool = False) -> Figure:
     )
     headers = ["tokens a second", *(f"batch {batch}" for batch in batches), f"KV MiB, batch {batches[-1]}", "note"]
     return Figure(title, headers, rows, draw, (9.0, 4.5))
-
-
-def _measured(row: Row, small: bool) -> list[dict[str, Any]]:
-    result = isolated.run(row, quick=small)
-    if result["status"] != "ok":
-        raise BadResults(f"{row.name}: {result['status']}: {result['reason']}")
-    measures: list[dict[str, Any]] = result["measures"]
-    return measures

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from alisa_compile.tools.emulation import Decoder
 from benchmarks.figures import throughput_by_batch
 from benchmarks.figures.__main__ import main
 from benchmarks.figures.weights import POLICIES, Novel, spearman
-from benchmarks.registry import Row
+from benchmarks.results_file import ResultsFile
 from benchmarks.rows import paper
 
 
@@ -43,15 +42,14 @@ def test_kernel_breakdown_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_throughput_has_a_row_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is within the budget, who is over it, who cannot run; a batch without numbers is an error that says why."""
-    shape = {"prompt": 200, "new": 6, "layers": 4, "hidden": 64, "heads": 4, "inner_compiler": "eager"}
-    rows = [Row("paper", "batch 3", "paper:workload", {"batch": 3, "device_share": 0.5, **shape}, "")]
-    monkeypatch.setattr(throughput_by_batch, "all_rows", lambda: rows)
-
-    def here(row: Row, quick: bool) -> dict[str, Any]:
-        return {"status": "ok", **paper.workload(**row.arguments(quick)).to_dict()}
-
-    monkeypatch.setattr(throughput_by_batch.isolated, "run", here)
+    """Who is within the budget, who is over it, who cannot run; without results the command is named."""
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr(throughput_by_batch, "RESULTS", path)
+    assert main(["9", "--out", str(tmp_path)]) == 2
+    shape = {"prompt": 200, "new": 6, "layers": 4, "hidden": 64, "heads": 4, "batch": 3, "device_share": 0.5}
+    about = {"group": "paper", "name": "batch 3", "status": "ok", "definition": "", "host": "", "parameters": shape}
+    measured = paper.workload(**shape, inner_compiler="eager").to_dict()
+    ResultsFile(path).add("paper: batch 3", {**about, **measured})
     assert main(["9", "--out", str(tmp_path)]) == 0
     found = {row[0]: row[1:] for row in json.loads((tmp_path / "figure09.json").read_text())["rows"]}
     assert all(found[who][0] > 0 for who in ("alisa, 80 %", "alisa, 80 %, int8", "static split (FlexGen)"))
@@ -63,8 +61,6 @@ def test_throughput_has_a_row_for_everybody(tmp_path: Path, monkeypatch: pytest.
     assert "over the device budget" in found["hf dynamic (default)"][-1]
     if not torch.accelerator.is_available():
         assert found["hf offloaded"][0] is None and "GPU" in found["hf offloaded"][-1]
-    monkeypatch.setattr(throughput_by_batch.isolated, "run", lambda row, quick: {"status": "gate", "reason": "other"})
-    assert main(["9", "--out", str(tmp_path)]) == 2
 
 
 @pytest.mark.slow
