@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alisa_compile
-from alisa_compile.backend import alisa
 from alisa_compile.kernels import native
 from benchmarks.contenders import quiet_transformers
 from benchmarks.machine import ASSETS
 from benchmarks.outcome import GateFailed, Measure, Outcome
+from benchmarks.rows.paper import Workload
 from benchmarks.timing import Times
 
 _POLICIES: dict[str, dict[str, Any]] = {"swa": {}, "churn": {"policy": "churn"}, "dense": {"sparsity": 0.0}}
@@ -34,32 +35,31 @@ def step_by_budget(policy: str, shares: list[float], prompt: int, new: int, roun
     kv = 2 * config.num_key_value_heads * config.head_dim * 4 * config.num_hidden_layers * (prompt + new)
     budgets: dict[str, dict[str, Any]] = {"alisa, no budget": {}}
     budgets |= {f"alisa, room for {share:.0%}": {"device_kv_budget": int(share * kv)} for share in shares}
-    models = {
-        who: torch.compile(model, backend=alisa, options={**_POLICIES[policy], **budget})
-        for who, budget in budgets.items()
-    }
+    work = Workload(model, ids, new)
+    models = {who: work.compiled(**_POLICIES[policy], **budget) for who, budget in budgets.items()}
+    times = decode_steps(work, models, "alisa, no budget", rounds)
+    return Outcome([_measure(who, models[who], times[who], new) for who in models])
+
+
+def decode_steps(work: Workload, models: Mapping[str, Any], reference: str, rounds: int) -> dict[str, Times]:
+    """Of whole generations, in turns; the first compiles. The tokens of all have to be those of `reference`."""
     steps: dict[str, list[float]] = {who: [] for who in models}
     outputs: dict[str, torch.Tensor] = {}
-    for turn in range(rounds + 1):  # the first compiles
+    for turn in range(rounds + 1):
         for who, compiled in models.items():
-            outputs[who] = compiled.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                pad_token_id=0,
-            )  # fmt: skip
+            outputs[who] = work.run(compiled)
             if turn:
                 steps[who] += [ms / 1e3 for ms in alisa_compile.report(compiled).decode_ms]
-    expected = outputs["alisa, no budget"]
     for who, found in outputs.items():
-        if not torch.equal(found, expected):
+        if not torch.equal(found, outputs[reference]):
             raise GateFailed(f"{who}: other tokens than with everything on the device")
-    return Outcome([_measure(who, models[who], steps[who], new) for who in models])
+    return {who: Times.of(seconds) for who, seconds in steps.items()}
 
 
-def _measure(who: str, compiled: Any, seconds: list[float], new: int) -> Measure:
+def _measure(who: str, compiled: Any, times: Times, new: int) -> Measure:
     report = alisa_compile.report(compiled).to_dict()
     phases = "+".join(phase["phase"] for phase in report["phases"])
     up = report["bytes_moved"]["host_to_device"] / new / 1024
-    times = Times.of(seconds)
     return Measure(
         who,
         times,
