@@ -64,6 +64,7 @@ def run_once(layers: int, *, recording: bool = False) -> dict[str, Any]:
 def _in_a_process(layers: int, cache: str, *flags: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.compile_time", "--child", "--layers", str(layers), *flags]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
+    environment.pop("TORCH_WARM_POOL", None)  # the suite's; a user's process starts the pool
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found

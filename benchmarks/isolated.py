@@ -13,8 +13,6 @@ from typing import Any
 
 from benchmarks.registry import Row
 
-#: Imported once, before the rows' processes are split off.
-_PRELOAD = ["torch", "transformers", "tabulate", "alisa_compile", "benchmarks.contenders", "benchmarks.outcome"]
 _SPARE_MEMORY = 1 << 30  # left to the rest of the system
 _GRACE_S = 10  # to end, once the result is there
 
@@ -22,7 +20,7 @@ _GRACE_S = 10  # to end, once the result is there
 def run(row: Row, quick: bool, limit_s: float | None = None) -> dict[str, Any]:
     """`status` (`ok`, `gate`, `error`, `time`, `died`) with its `reason`, or with what the row's function returned."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(["benchmarks.preloaded"])
     limit_s = row.limit_s if limit_s is None else limit_s
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(row.work, row.arguments(quick), sender), daemon=False)
@@ -61,6 +59,8 @@ def _work(work: str, arguments: dict[str, Any], sender: Connection) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)
+    # Inductor starts processes that compile Triton, which each import torch beside what is measured.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
     from benchmarks.machine import machine_line
     from benchmarks.memory import available_bytes, limit_process
     from benchmarks.outcome import GateFailed

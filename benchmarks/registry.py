@@ -168,7 +168,7 @@ def _phases() -> list[Row]:
             "phases",
             policy,
             "phases:step_by_budget",
-            {"policy": policy, "shares": [1.1, 0.5, 0.25], "prompt": 900, "new": 64},
+            {"policy": policy, "shares": [0.5, 0.25], "prompt": 900, "new": 64},
             "the tokens that the same policy gives with everything on the device",
             quick={"shares": [0.5], "prompt": 300, "new": 8, "rounds": 1},
             limit_s=400,
@@ -193,13 +193,13 @@ def _recompute() -> list[Row]:
 
 
 def _decode() -> list[Row]:
-    grid = [(2048, 1), (8192, 1), (32768, 1), (2048, 4), (32768, 4), (2048, 16), (32768, 16)]
+    grid = [(tokens, batch) for batch in (1, 4, 16) for tokens in (2048, 32768)]
     rows = [
         Row(
             "decode",
             f"{tokens // 1024}k, batch {batch}",
             "decode:side_by_side",
-            {"shape": "small", "tokens": tokens, "batch": batch, "inductor": tokens * batch <= 32768},
+            {"shape": "small", "tokens": tokens, "batch": batch, "inductor": batch == 1},
             _DECODE_GATE,
             quick=_TINY,
             limit_s=400,

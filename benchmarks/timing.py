@@ -60,13 +60,11 @@ def alternate(
     return {name: Times.of(values) for name, values in measured.items()}
 
 
-def steps(step: Callable[[], Any], *, warm_up: int, fewest: int, most: int, seconds: float) -> Times:
-    """Calls of a contender that has no room for a second one in memory: as many as `seconds` allow, within limits.
+def steps(step: Callable[[], Any], *, fewest: int, most: int, seconds: float) -> Times:
+    """Calls of a warm contender that has no room for a second one in memory: as many as `seconds` allow, within limits.
 
     One that takes longer than `_LONG_S` is not repeated.
     """
-    for _ in range(warm_up):
-        step()
     ends, measured = time.perf_counter() + seconds, []
     while len(measured) < fewest or (len(measured) < most and time.perf_counter() < ends):
         measured.append(seconds_of(step))

@@ -22,13 +22,13 @@ ROOM = 64  # tokens beyond the history
 _CYCLE = 32  # steps: a cycle of refreshes is what the mean of alisa's has to cover
 _FEWEST = 3  # of a peer's, however slow
 _EMPTY = 16  # tokens of a context that costs nothing, yet makes a step a decode step
-_WARM_UP, _COMPILES = 1, 3  # steps before the clock starts; torch compiles for one length, then for any
+_COMPILES = 3  # steps before the clock starts; torch compiles for one length, then for any
 #: Root mean square of the difference of logits, relative to that of the logits. Rounding in another order is worth
 #: some; how much, the stock model says by doing its own attention in two ways. Attending to all rows instead of those
 #: chosen is worth 0.9 and more, so the most that may be excused is far below.
 _TIMES_NOISE, _LEAST, _MOST = 3.0, 1e-3, 0.3
-_LEFT_OUT = "left out at this size, where it takes minutes"
-_CHECKED = 4  # sequences, spread over the batch: they know nothing of each other, and the stock model is slow
+_LEFT_OUT = "left out beyond batch 1, where it takes minutes"
+_CHECKED = 2  # sequences, the first and the last: they know nothing of each other, and the stock model is slow
 
 
 #: transformers' ("hf") caches, each eager and, where it can be, compiled by Inductor. `generate` takes the first.
@@ -106,15 +106,12 @@ class _Bench:
         except InfeasibleError as error:
             self.measures.append(Measure(who, None, str(error).split(";")[0]))
             return None
-        times = steps(entry.step, warm_up=_COMPILES, fewest=_CYCLE, most=_CYCLE, seconds=self.seconds)
-        self.note(entry, times)
-        return times
+        return self.alone(entry, fewest=_CYCLE)
 
     def filled(self, who: str, contender: Alisa) -> _Entry:
         """With its history, and checked."""
-        contender.fill()
-        check(contender)
         _, memory = allocated(contender.fill)
+        check(contender)
         note = ""
         if contender.store.is_tiered:
             note = f"{contender.store.bytes_by_tier()['device'] / 2**20:.0f} MiB of it on the device"
@@ -126,10 +123,8 @@ class _Bench:
         try:
             _, memory = allocated(contender.fill)
             note = "" if budget is None or memory.held <= budget else "K and V are over the device budget"
-            warm_up = _COMPILES if compiled else _WARM_UP
-            times = steps(contender.step, warm_up=warm_up, fewest=_FEWEST, most=_CYCLE, seconds=self.seconds)
-            self.note(_Entry(who, contender.step, self.dense_bytes(), memory.held, note), times)
-            return times
+            entry = _Entry(who, contender.step, self.dense_bytes(), memory.held, note)
+            return self.alone(entry, fewest=_FEWEST, compiles=compiled)
         except Unavailable as reason:
             self.measures.append(Measure(who, None, str(reason)))
         except (RuntimeError, MemoryError) as error:
@@ -145,20 +140,30 @@ class _Bench:
         layers = int(self.model.config.num_hidden_layers)
         return row * layers * history.batch * (history.tokens + 1)
 
-    def together(self, entries: list[_Entry]) -> dict[str, Times]:
-        """Entries that fit memory together take turns, so that a slow minute of the machine is everybody's."""
-        for entry in entries:
-            for _ in range(_COMPILES):
-                entry.step()
-        calls = {entry.who: entry.step for entry in entries}
-        times = alternate(calls, seconds=self.seconds, most=_CYCLE // ROUNDS + 2)
-        for entry in entries:
-            self.note(entry, times[entry.who])
+    def alone(self, entry: _Entry, fewest: int, compiles: bool = True) -> Times:
+        """Steps in a row. Those whose memory is counted come first and warm up."""
+        peak = self.peak(entry, compiles)
+        times = steps(entry.step, fewest=fewest, most=_CYCLE, seconds=self.seconds)
+        self.note(entry, times, peak)
         return times
 
-    def note(self, entry: _Entry, times: Times) -> None:
-        """A line of the table."""
+    def together(self, entries: list[_Entry]) -> dict[str, Times]:
+        """Entries that fit memory together take turns, so that a slow minute of the machine is everybody's."""
+        peaks = [self.peak(entry) for entry in entries]
+        times = alternate({entry.who: entry.step for entry in entries}, seconds=self.seconds, most=_CYCLE // ROUNDS + 2)
+        for entry, peak in zip(entries, peaks, strict=True):
+            self.note(entry, times[entry.who], peak)
+        return times
+
+    def peak(self, entry: _Entry, compiles: bool = True) -> int:
+        """Bytes that a step allocates on top of what the cache holds, once everything is compiled."""
+        for _ in range(_COMPILES if compiles else 0):
+            entry.step()
         _, memory = allocated(entry.step, entry.step)
+        return memory.peak
+
+    def note(self, entry: _Entry, times: Times, peak: int) -> None:
+        """A line of the table."""
         nbytes = self.weights + entry.kv_bytes
         self.measures.append(
             Measure(
@@ -168,7 +173,7 @@ class _Bench:
                 bytes=nbytes,
                 floor_ms=floor_ms(nbytes, self.read),
                 kv_bytes=entry.held,
-                peak_bytes=entry.held + memory.peak,
+                peak_bytes=entry.held + peak,
                 tokens_per_s=self.history.batch / times.mean * 1e3,
             )
         )
