@@ -14,7 +14,7 @@ from benchmarks.registry import TITLES
 
 _MIB = 1 << 20
 _WIDE = 100  # columns of a terminal from which names need not wrap
-COLUMNS = ("case", "who", "ms", "p20-p80", "x alisa", "x floor", "KV MiB", "peak MiB", "tokens /s", "")
+COLUMNS = ("case", "who", "ms", "p20-p80", "x alisa", "x floor", "KV MiB", "peak MiB", "tokens /s")
 
 
 def by_group(rows: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -28,61 +28,56 @@ def by_group(rows: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any
 def group_table(rows: Iterable[dict[str, Any]], *, markdown: bool = False, width: int = _WIDE) -> str:
     """A line for each contender; a row without numbers says why. Columns that nobody fills are left out.
 
-    width: of the terminal; there, remarks stand below the table instead of in its last column.
+    width: of the terminal. Remarks stand below the table, by number.
     """
     lines: list[list[str]] = []
-    remarks: dict[str, list[str]] = {}
+    remarks: dict[str, int] = {}
+
+    def marked(name: str, remark: str) -> str:
+        return f"{name} [{remarks.setdefault(remark, len(remarks) + 1)}]" if remark else name
+
     for row in rows:
         if row["status"] != "ok":
-            reason = f"no number: {_REASONS[row['status']]}: {row['reason']}"
-            remarks.setdefault(reason, []).append(row["name"])
-            lines.append([row["name"], "no number", *[""] * (len(COLUMNS) - 3), reason])
+            reason = f"{_REASONS[row['status']]}: {row['reason']}"
+            lines.append([row["name"], marked("no number", reason), *[""] * (len(COLUMNS) - 2)])
             continue
         for place, measure in enumerate(row["measures"]):
-            lines.append(_cells(row["name"] if not place or markdown else "", measure, row["measures"][0]))
-            if measure["note"]:
-                remarks.setdefault(measure["note"], []).append(f"{row['name']}, {measure['who']}")
-    columns = len(COLUMNS) if markdown else len(COLUMNS) - 1
-    used = [place for place in range(columns) if place < 2 or any(line[place] for line in lines)]
-    names = [14, 24] if width >= _WIDE else [9, 16]
+            case, who = row["name"] if not place or markdown else "", marked(measure["who"], measure["note"])
+            lines.append([case, who, *_cells(measure, row["measures"][0])])
+    used = [place for place in range(len(COLUMNS)) if place < 2 or any(line[place] for line in lines)]
+    names = [14, 28] if width >= _WIDE else [9, 16]
     table = tabulate(
         [[line[place] for place in used] for line in lines],
         headers=[COLUMNS[place] if markdown else COLUMNS[place].replace(" ", "\n") for place in used],
         tablefmt="github" if markdown else "simple",
         maxcolwidths=None if markdown else [*names, *[None] * (len(used) - 2)],
-        colalign=["left" if place in (0, 1, len(COLUMNS) - 1) else "right" for place in used],
+        colalign=["left" if place < 2 else "right" for place in used],
         disable_numparse=True,
     )
+    notes = [f"[{number}] {remark}" for remark, number in remarks.items()]
     if markdown:
-        return str(table)
-    notes = [textwrap.fill(f"{note}: {_listed(who)}", width, subsequent_indent="  ") for note, who in remarks.items()]
-    return "\n".join([str(table), *notes])
+        return "\n".join([str(table), *(["", "; ".join(notes) + "."] if notes else [])])
+    return "\n".join([str(table), *(textwrap.fill(note, width, subsequent_indent="    ") for note in notes)])
 
 
 _REASONS = {"gate": "gate failed", "time": "time limit", "died": "its process died", "error": "error"}
 
 
-def _listed(names: list[str]) -> str:
-    return "; ".join(names) if len(names) <= 3 else f"{names[0]}; {names[1]}; and {len(names) - 2} more lines"
-
-
-def _cells(case: str, measure: dict[str, Any], first: dict[str, Any]) -> list[str]:
+def _cells(measure: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """All but the first two columns."""
     times = measure["times"]
     sizes = [_size(measure["kv_bytes"]), _size(measure["peak_bytes"])]
     if times is None:
-        return [case, measure["who"], "", "", "", "", *sizes, "", measure["note"]]
+        return ["", "", "", "", *sizes, ""]
     ours = None if first["times"] is None or measure is first else first["times"]["p50"]
     floor = measure["floor_ms"]
     return [
-        case,
-        measure["who"],
         number(times["p50"]),
         "" if times["calls"] == 1 else f"{number(times['p20'])}-{number(times['p80'])}",
         "" if ours is None else f"{times['p50'] / ours:.2f}",
         "" if floor is None else f"{times['p50'] / floor:.2f}",
         *sizes,
         "" if measure["tokens_per_s"] is None else number(measure["tokens_per_s"]),
-        measure["note"],
     ]
 
 

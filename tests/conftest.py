@@ -10,6 +10,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ALISA_CHECK", "1")  # every graph of every test goes through passes/spec.py
+os.environ.setdefault("TORCH_WARM_POOL", "0")  # Inductor's pool compiles Triton alone; each process imports torch
 
 import alisa_compile
 from alisa_compile.kernels import native
