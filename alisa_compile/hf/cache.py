@@ -542,6 +542,13 @@ def _stored_shape(layer: Any) -> tuple[int, int] | None:
     return int(keys.shape[1]), int(keys.shape[3])
 
 
+def keep_kv(layers: list[Any]) -> list[bool]:
+    """Which layers of a cache keep K and V: neither states of linear attention, nor nothing at all."""
+    cache = Cache(layers=layers)
+    dummies = getattr(cache, "is_dummy", [False] * len(layers))  # transformers 5.17 makes no layer that keeps nothing
+    return [not linear and not dummy for linear, dummy in zip(cache.is_linear, dummies, strict=True)]
+
+
 def why_unmanaged(config: PreTrainedConfig, layers: list[Any]) -> str | None:
     """Why an AlisaCache would hold no layer of a model that has attention; None if it holds one.
 
@@ -550,8 +557,7 @@ def why_unmanaged(config: PreTrainedConfig, layers: list[Any]) -> str | None:
     if any(isinstance(layer, AlisaLayer) for layer in layers):
         return None
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-    cache = Cache(layers=layers)
-    if all(linear or dummy for linear, dummy in zip(cache.is_linear, cache.is_dummy, strict=True)):
+    if not any(keep_kv(layers)):
         raise CacheError(
             "this model has no attention layer, so there is no KV cache to manage",
             got=f"model type {config.model_type!r} with cache layers {kinds}",

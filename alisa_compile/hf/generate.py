@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from .. import compat
 from ..backend import alisa
@@ -34,7 +34,15 @@ from ..passes.causal_mask import PREPARED_OUTSIDE
 from ..runtime.budgets import Budgets, format_bytes
 from ..runtime.report import CompileRow, SkipRow
 from ..runtime.store import TokenStore
-from .cache import AlisaCache, KVShapes, build_layers, observe_kv_shapes, why_unmanaged, wrong_batch_size
+from .cache import (
+    AlisaCache,
+    KVShapes,
+    build_layers,
+    keep_kv,
+    observe_kv_shapes,
+    why_unmanaged,
+    wrong_batch_size,
+)
 from .planning import PREFILL_TOKENS, forecast
 from .validate import Shadow
 
@@ -564,15 +572,15 @@ def _rows_of(model: Any, reason: str) -> tuple[SkipRow, ...]:
     """The same reason for each attention layer of a model, by the names of its modules."""
     if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
         return (SkipRow(type(model).__name__, None, reason),)
-    cache = Cache(layers=DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
-    kinds = zip(cache.is_linear, cache.is_dummy, strict=True)
+    kept = keep_kv(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         number = getattr(module, "layer_idx", None)
         if isinstance(number, int):
             names.setdefault(number, name)
-    attention = [number for number, (linear, dummy) in enumerate(kinds) if not linear and not dummy]
-    return tuple(SkipRow(names.get(number, f"layer {number}"), number, reason) for number in attention)
+    return tuple(
+        SkipRow(names.get(number, f"layer {number}"), number, reason) for number, keeps in enumerate(kept) if keeps
+    )
 
 
 def _fresh_cache(call: _Call, sequences: int, capacity: int) -> AlisaCache:
