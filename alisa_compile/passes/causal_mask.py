@@ -249,6 +249,13 @@ def _zeros(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     return Zeros()
 
 
+def _number(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
+    """`torch.tensor(0.0)`, as transformers 5.17 writes the 0 of `_where`."""
+    if node.args[0] != 0:
+        raise Refusal(f"its mask uses the constant {node.args[0]!r}")
+    return Zeros()
+
+
 def _where(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     """`where(condition, 0, lowest)`: the condition in the form that is added to the scores."""
     condition, zero, lowest = node.args
@@ -350,6 +357,7 @@ _FUNCTIONS: dict[Any, _Rule] = {
     torch.arange: _Rule(_arange, keywords=_FACTORY),
     torch.clone: _Rule(_same, keywords=_LAYOUT),
     torch.zeros: _Rule(_zeros, 1, _ANY, _FACTORY),
+    torch.tensor: _Rule(_number, keywords=_FACTORY),
     torch.where: _Rule(_where, 3, 3),
     torch.nn.functional.pad: _Rule(_pad, 2, 4, frozenset({"mode", "value"})),
     BUILTIN_PAD: _Rule(_pad, 2, 4, frozenset({"mode", "value"})),

@@ -298,6 +298,10 @@ REFUSED: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
         _additive(lambda m: torch.where(m, 0.0, -3.4028234663852886e38).to(torch.bfloat16)),
         "converted to torch.bfloat16",
     ),
+    "additive, a tensor of 1 where it attends": (
+        _additive(lambda m: torch.where(m, torch.tensor(1.0), -torch.inf)),
+        "uses the constant 1.0",
+    ),
     "additive, 1 where it attends": (_additive(lambda m: torch.where(m, 1.0, -torch.inf)), "not 0 where"),
     "additive, plus the padding": (_chosen_by_padding, "made of numbers"),
     "cast to float": (_cast_to_float, "made of numbers (torch.float32)"),
@@ -345,6 +349,10 @@ ACCEPTED: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
     "additive, padded": (_additive(lambda m: torch.where(m, 0.0, -torch.inf)), 0),
     "additive with a tensor of zeros, padded": (
         _additive(lambda m: torch.where(m, torch.zeros(()), -3.4028234663852886e38)),
+        0,
+    ),
+    "additive with a number in a tensor (transformers 5.17), padded": (
+        _additive(lambda m: torch.where(m, torch.tensor(0.0), -3.4028234663852886e38)),
         0,
     ),
     "transformers' eager mask, padded": (_eager_mask, 0),
