@@ -113,16 +113,16 @@ def test_padding_is_given_to_one_append(padded: bool) -> None:
             assert (node.args[3] is not None) == padded
 
 
-@pytest.mark.parametrize(("family", "force"), (("llama", "0"), ("llama", "1"), ("qwen3", "0")))
-def test_both_spellings_of_grouped_queries(family: str, force: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "flag"), (("llama", False), ("llama", True), ("qwen3", False)))
+def test_both_spellings_of_grouped_queries(family: str, flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """enable_gqa, and K and V repeated per query head: the same rewrite, with nothing of the repetition left."""
-    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", force)
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: flag)
     found = _generated(tiny_model(family))
     for capture in found.values():
         flagged = [bool(node.kwargs.get("enable_gqa")) for node in attention_nodes(capture.before)]
-        assert flagged == [force == "1"] * 2
+        assert flagged == [flag] * 2
         folded = [result.rewritten for result in capture.outcome.passes if result.name == "alisa_fold_repeated_heads"]
-        assert folded == [0 if force == "1" else 2]
+        assert folded == [0 if flag else 2]
         assert capture.outcome.rewritten == 2
         heads = {example(node.args[0]).shape[1] for node in capture.calls(*ATTENTION)}
         assert heads == {4}
