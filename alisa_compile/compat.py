@@ -298,6 +298,7 @@ def attention_with_lse(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    soft_cap: float,
     *,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,16 +306,19 @@ def attention_with_lse(
 
     mask: `[B, 1, T, K]` bool, or None; then is_causal says whether row i sees the columns up to i. A row that attends
     to nothing has output 0 and log-sum-exp -inf. Torch's public attention does not return the log-sum-exp; on CPU its
-    flash kernel does (checked on 2.13), elsewhere this is spelled out.
+    flash kernel does (checked on 2.13), elsewhere and with soft-capped scores this is spelled out.
     """
     ratio = query.shape[1] // key.shape[1]
     if ratio > 1:
         key, value = key.repeat_interleave(ratio, 1), value.repeat_interleave(ratio, 1)
-    if query.device.type == "cpu" and mask is None and query.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    has_flash = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if has_flash and mask is None and not soft_cap:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         out, lse = flash(query, key, value, 0.0, is_causal, scale=scale)
         return out, lse
     logits = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    if soft_cap:
+        logits = (logits / soft_cap).tanh() * soft_cap
     if is_causal and mask is None:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if mask is not None:

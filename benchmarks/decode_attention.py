@@ -1,19 +1,30 @@
 """Decode attention on CPU: the working set's bytes per second, beside what this machine reads and torch's attention.
 
-A round times, one after the other, the kernel, torch's attention over all of K and V (in its packed form: query heads
-that share a KV head are query rows, the fast form on CPU), a loop that only reads the rows of the working set (the
-gather floor: what any kernel over rows at these places has to wait for) and two plain reads of a buffer far larger
-than the cache. Calls rotate through layers, so that rows come from memory. The working set is a random set of positions
-in ascending order: no recent run of neighbours, which a real one has, helps. No time is printed unless the output and
-the mass are those of the plain-torch reference in float64.
+A round times, one after the other, the kernel (also with every position in one of four slots, so that rows come from
+the first cache: its arithmetic), a loop that only reads the rows of the working set (the gather floor: what any kernel
+over rows at these places has to wait for), torch's attention over all of K and V (in its packed form: query heads that
+share a KV head are query rows, the fast form on CPU) and two plain reads of a buffer far larger than the cache. Calls
+rotate through layers, so that rows come from memory. The working set is a random set of positions in ascending order:
+no recent run of neighbours, which a real one has, helps. No time is printed unless the output and the mass are those of
+the plain-torch reference in float64.
 
-Why the share of the linear read stays below 0.7 (AMD EPYC with AVX-512, 2 threads, 16k tokens, 80 %): in the process
-that made results/decode_attention.json the gather floor itself is 0.61 of the linear read with bf16 rows and 0.57 with
-int8 rows, and the kernel 0.97 and 0.88 of that floor. The same floor in a process without Python was 0.81 to 0.95 of
-the linear read, from one process to the next. With all rows in the first cache the kernel's blocks take 158 us (bf16)
-and 150 us (int8): 11 to 12 ns for a row of a KV head and its four query heads, about a fifth of it the softmax. From
-memory they take 326 and 207 us where linear reads run at 64 GB/s. There 0.7 would be 300 and 154 us, so int8 rows would
-have to be read wholly behind the arithmetic; at 40 GB/s it would be 479 and 247 us.
+Why the share of the linear read is below 0.7 (two virtual CPUs of an AMD EPYC with AVX-512, 16k tokens, 80 %; in
+results/decode_attention.json 0.58 with bf16 and 0.44 with int8 rows, where linear reads ran at 45 GB/s):
+
+- The order of reads decides on the gather floor. In blocks of 30 calls in this process, one row of 4 KiB after the
+  other got 0.77 of the linear read, two in turn 0.89, eight in turn 0.91 (int8 rows: 0.80, 0.87, 0.82). An earlier
+  loop of this file got 0.67: gcc stored every line on the stack as well. In a round, where each layer is read once
+  after other work, the floor is 0.69, its fastest call 0.84 (int8 rows: 0.69, 0.71).
+- Rows that begin 64 bytes behind a page, where malloc puts them, read 5 to 20 % slower in a loop of their own; in the
+  kernel pools that begin at a page made no difference that could be seen.
+- The kernel takes 0.51 and 0.34 ms, 0.21 and 0.19 ms of it are arithmetic ("in cache ms"): about a sixth the softmax,
+  a fifth what reads no rows (sums of blocks, the mass, the call itself: 8 us). Its time is near the floor and this
+  arithmetic one after the other. Asking for the next rows in the softmax, too, gained 1 to 8 % with bf16 rows and lost
+  up to a fifth with int8 rows; it is not in.
+- The machine is not constant: the same linear read gets 42 to 48 GB/s in some minutes and 75 to 90 in others, the
+  arithmetic 158 to 250 us (bf16) and 150 to 240 us (int8). Two loops of multiply-adds do not slow each other down, so
+  these are two cores; what else the host does cannot be seen from here. At 80 GB/s int8 rows would be due in 124 us,
+  less than their arithmetic takes.
 
     python -m benchmarks.decode_attention [--rounds 7] [--threads 2] [--quick] [--json FILE]
 """
@@ -60,9 +71,9 @@ extern "C" void read_all(const int64_t* words, int64_t* sums, int64_t parts, int
     }
   }, &work);
 }
-// Whole rows of `words` int64 each and, unless null, their `scale_words` of scales: by slot, 16 rows ahead, two lines
-// at a time. Four lines of a row in a burst cost up to a quarter of the bandwidth, probably through what the processor
-// then fetches behind the row by itself.
+// Whole rows of `words` int64 each and, unless null, their `scale_words` of scales: by slot, two rows at a time, two
+// lines of each in turn, four rows ahead: one row after the other reads a tenth slower. A line is loaded by itself: a
+// copy of two goes through the stack.
 extern "C" void read_rows(const int64_t* pool, const int64_t* scales, const int32_t* slots, int64_t* sums,
                           int64_t parts, int64_t count, int64_t words, int64_t scale_words) {
   struct Work { const int64_t *pool, *scales; const int32_t* slots; int64_t *sums, parts, count, words, scale_words; };
@@ -73,19 +84,27 @@ extern "C" void read_rows(const int64_t* pool, const int64_t* scales, const int3
       const int64_t first = own.count * p / own.parts, last = own.count * (p + 1) / own.parts;
       int64_t sum = 0;
       Line sums[2] = {};
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t later = own.slots[i + 16 < own.count ? i + 16 : own.count - 1];
-        const int64_t *row = own.pool + own.slots[i] * own.words, *ahead = own.pool + later * own.words;
-        for (int64_t at = 0; at < own.words; at += 16) {
-          __builtin_prefetch(ahead + at);
-          __builtin_prefetch(ahead + at + 8);
-          Line lines[2];
-          std::memcpy(lines, row + at, sizeof(lines));
-          sums[0] += lines[0];
-          sums[1] += lines[1];
+      const auto slot = [&](int64_t i) { return own.slots[i < own.count ? i : own.count - 1]; };
+      for (int64_t i = first; i < last; i += 2) {
+        const int64_t *rows[2], *ahead[2];
+        for (int k = 0; k < 2; ++k) {
+          const int64_t here = slot(i + k), later = slot(i + k + 4);
+          rows[k] = own.pool + here * own.words;
+          ahead[k] = own.pool + later * own.words;
+          if (own.scale_words) __builtin_prefetch(own.scales + slot(i + k + 32) * own.scale_words);
+          for (int64_t w = 0; w < own.scale_words; ++w) sum += own.scales[here * own.scale_words + w];
         }
-        if (own.scale_words) __builtin_prefetch(own.scales + later * own.scale_words);
-        for (int64_t k = 0; k < own.scale_words; ++k) sum += own.scales[own.slots[i] * own.scale_words + k];
+        for (int64_t at = 0; at < own.words; at += 16) {
+          for (int k = 0; k < 2; ++k) {
+            __builtin_prefetch(ahead[k] + at);
+            __builtin_prefetch(ahead[k] + at + 8);
+            Line line;
+            std::memcpy(&line, rows[k] + at, sizeof(line));
+            sums[0] += line;
+            std::memcpy(&line, rows[k] + at + 8, sizeof(line));
+            sums[1] += line;
+          }
+        }
       }
       for (int64_t k = 0; k < 8; ++k) sum += sums[0][k] + sums[1][k];
       own.sums[p] = sum;
@@ -158,15 +177,17 @@ class Attention:
         self.torch_layers = max(1, min(self.layers, math.ceil(4 * cache / dense_bytes)))
         slots = self.layers * batch * tokens
         some = torch.randn((1024, 2, HEADS, HEAD_DIM), generator=generator)
-        self.scales = None
         if case.dtype == torch.int8:
-            self.scales = torch.rand((slots, 2, HEADS), generator=generator) / 64
             some = (some * 40).round().clamp(-127, 127)
         form = RowForm.KV_INT8 if case.dtype == torch.int8 else RowForm.KV
         shape = RowShape(HEADS, HEAD_DIM, torch.bfloat16, form)
-        self.pool = Pool.allocate(Tier.DEVICE, shape, slots, torch.device("cpu")).rows
+        pool = Pool.allocate(Tier.DEVICE, shape, slots, torch.device("cpu"))
+        self.pool, self.scales = pool.rows, pool.scales
+        if self.scales is not None:
+            self.scales.uniform_(0, 1 / 64, generator=generator)
         self.pool.view(-1, *some.shape).copy_(some)
         self.table = torch.arange(slots, dtype=torch.int32).view(self.layers, batch, 1, tokens)
+        self.cached_table = self.table % 4  # every position in one of four slots, which the first cache holds
         self.length = torch.full((self.layers,), tokens)
         self.query = torch.randn((batch, HEADS * GROUP, 1, HEAD_DIM), generator=generator).bfloat16()
         self.rows = self.counts = None
@@ -183,13 +204,15 @@ class Attention:
         self.key, self.value = torch.empty(dense, dtype=torch.bfloat16), torch.empty(dense, dtype=torch.bfloat16)
         for buffer in (self.key, self.value):  # the same advantage for torch
             advise_huge_pages(buffer)
-        self.key.copy_(block)
-        self.value.copy_(block)
+            buffer.copy_(block)
 
-    def run(self, op: Callable[..., Any], layer: int, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer through the kernel or the reference."""
+    def run(
+        self, op: Callable[..., Any], layer: int, query: torch.Tensor, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer through the kernel or the reference; table: another one than its own."""
+        table = self.table if table is None else table
         result: tuple[torch.Tensor, torch.Tensor] = op(
-            query, self.pool, self.scales, self.table, self.length, None, self.rows, self.counts, layer, self.scale
+            query, self.pool, self.scales, table, self.length, None, self.rows, self.counts, layer, self.scale
         )
         return result
 
@@ -274,11 +297,20 @@ def measure(case: Case, rounds: int, bandwidth: Bandwidth, cache: int) -> dict[s
     ours: list[list[float]] = []
     dense: list[list[float]] = []
     gather: list[list[float]] = []
+    cached: list[list[float]] = []
     read: list[float] = []
     for _ in range(rounds + 1):  # the first warms up
         calls = max(attention.layers, 8)
         ours.append(
             [_seconds(lambda i=i: attention.run(attend, i % attention.layers, attention.query)) for i in range(calls)]
+        )
+        cached.append(
+            [
+                _seconds(
+                    lambda i=i: attention.run(attend, i % attention.layers, attention.query, attention.cached_table)
+                )
+                for i in range(8)
+            ]
         )
         gather.append([_seconds(lambda i=i: attention.read(i % attention.layers, bandwidth)) for i in range(calls)])
         calls = max(attention.torch_layers, 3)
@@ -290,6 +322,7 @@ def measure(case: Case, rounds: int, bandwidth: Bandwidth, cache: int) -> dict[s
     middle_dense = [statistics.median(calls) for calls in dense[1:]]
     seconds, seconds_dense = statistics.median(middle), statistics.median(middle_dense)
     floor = statistics.median(statistics.median(calls) for calls in gather[1:])
+    in_cache = statistics.median(statistics.median(calls) for calls in cached[1:])
     best, best_dense, best_floor = (min(map(min, each[1:])) for each in (ours, dense, gather))
     peak = statistics.median(read[1:])
     return {
@@ -301,6 +334,7 @@ def measure(case: Case, rounds: int, bandwidth: Bandwidth, cache: int) -> dict[s
         "share": case.bytes / seconds / peak,
         "gather GB/s": case.bytes / floor / 1e9,
         "of gather": floor / seconds,
+        "in cache ms": in_cache * 1e3,
         "SDPA ms": seconds_dense * 1e3,
         "ratio": seconds_dense / seconds,
         "best ms": best * 1e3,

@@ -1,13 +1,15 @@
 """What alisa does on an NVIDIA GPU, in under 8 minutes: its GPU tests, its kernels against the memory's limits, models.
 
 Rows run in order of importance. Each has a time budget and its own `try`: a row that fails is a row with its error, and
-the others go on; what no time is left for says so. Kernels are timed only after their results have been compared with
-the plain-torch references. Models have random weights: their step times do not depend on them.
+the others go on; what no time is left for says so. On a GPU rows run in a process of their own, which is replaced when
+a row ends it, hangs in it, or leaves the GPU's context dead. Kernels are timed only after their results have been
+compared with the plain-torch references. Models have random weights: their step times do not depend on them.
 
     python -m benchmarks.gpu_check [--minutes 8] [--only NAME] [--json FILE] [--dry]
 
-Writes `benchmarks/results/<gpu>-<date>.json`. `--dry` runs every row on the CPU with tiny shapes, to see that it runs;
-its numbers mean nothing, and it writes none.
+Writes `benchmarks/results/<gpu>-<date>.json` after each row, and `python -m benchmarks.readme` its table into the
+README. `--dry` runs every row on the CPU with tiny shapes, to see that it runs; its numbers mean nothing, and it writes
+none.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import gc
 import importlib.metadata
 import json
 import math
+import os
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +54,8 @@ DECODE_SHARE = 0.85  # of the measured copy bandwidth, on the bytes of the worki
 GATHER_SHARE = 0.80  # of the measured copy from pinned memory, for rows of 256 B and more
 SELECT_SHARE = 0.05  # of a decode step, at 32k tokens
 PHASE_ONE = 0.03  # more time than without tiers, while everything fits
+GRACE = 20.0  # seconds over its budget after which a row is killed
+RESTART = 75  # exit status: the rows that are left need another process
 ops = torch.ops.alisa
 
 
@@ -411,64 +417,99 @@ def phase_one(setting: Setting) -> Values:
 
 def gpu_tests(setting: Setting) -> Values:
     """The tests that need a GPU, in a process of their own; on the CPU they are only found."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", "-p", "no:cacheprovider", "tests"]
     if setting.device.type == "cpu":
         command = [*command[:-1], "--collect-only", "tests/gpu"]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
-    last = done.stdout.strip().splitlines()[-1:] or [""]
-    if done.returncode != 0:
-        raise AssertionError(f"{last[0]}\n{done.stdout[-3000:]}")
-    return {"tests": last[0]}
+    with tempfile.TemporaryFile("w+") as output:
+        # A session of its own, so that tests which start processes do not leave them on the GPU.
+        pytest = subprocess.Popen(command, cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status: int | str = pytest.wait()
+        except _OutOfTimeError as error:
+            _kill(pytest)
+            status = str(error)
+        output.seek(0)
+        text = output.read().strip()
+    if status != 0:
+        raise AssertionError(f"{status}: {text.count(' PASSED')} passed\n{text[-3000:]}")
+    return {"tests": text.splitlines()[-1].strip("= ")}
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads a session, and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def rows(setting: Setting) -> list[Row]:
-    """All of them, the most important first."""
+    """All of them, the most important first: budgets are limits, and add up to more than the whole run may take."""
     short, new = setting.tokens, setting.steps + 8
     listed = [
-        Row("GPU tests", 120, gpu_tests),
+        Row("GPU tests", 150, gpu_tests),
         Row("copy on the device", 10, _copy_bandwidth),
     ]
     for batch in setting.batches:
         for is_int8 in (False, True):
             listed.append(
                 Row(
-                    f"decode attention, {'int8' if is_int8 else 'model dtype'}, batch {batch}", 20,
+                    f"decode attention, {'int8' if is_int8 else 'model dtype'}, batch {batch}", 45,
                     lambda s, b=batch, i=is_int8: decode_attention(s, b, i),
                     ("share of copy", lambda value: value >= DECODE_SHARE),
                 )
             )  # fmt: skip
     listed += [
-        Row(f"gather over the link, rows of {size} B", 15, lambda s, n=size: gather_over_link(s, n),
+        Row(f"gather over the link, rows of {size} B", 20, lambda s, n=size: gather_over_link(s, n),
             ("share of copy", lambda value: value >= GATHER_SHARE))
         for size in (256, 4096)
     ]  # fmt: skip
-    listed.append(Row("selection, one list", 10, select))
-    for batch in setting.batches:
-        name = f"Llama-3.1-8B shapes, {short} tokens, batch {batch}"
-        for share in setting.shares:
-            listed.append(
-                Row(f"{name}: alisa, {share:.0%} of KV on the device", 60,
-                    lambda s, b=batch, r=share: ours(s, "llama", r, b, short, new))
-            )  # fmt: skip
-        listed.append(
-            Row(f"{name}: alisa, all of KV on the device, CUDA graphs", 60,
-                lambda s, b=batch: ours(s, "llama", 1.0, b, short, new, cuda_graphs=True))
+    listed.append(Row("selection, one list", 20, select))
+    opt = {batch: _opt_rows(setting, batch) for batch in setting.opt_batches}
+    first_opt = next(iter(opt))
+    for place, batch in enumerate(setting.batches):
+        listed += _llama_rows(setting, batch, short, new)
+        if place == 0:
+            listed.append(Row("phase I overhead", 100, phase_one, ("more", lambda value: value <= PHASE_ONE)))
+            listed += opt[first_opt]
+    return [*listed, *(row for batch, each in opt.items() if batch != first_opt for row in each)]
+
+
+def _llama_rows(setting: Setting, batch: int, prompt: int, new_tokens: int) -> list[Row]:
+    name = f"Llama-3.1-8B shapes, {prompt} tokens, batch {batch}"
+
+    def alisa(share: float, where: str, seconds: float = 60, **options: Any) -> Row:
+        def run(s: Setting) -> Values:
+            return ours(s, "llama", share, batch, prompt, new_tokens, **options)
+
+        return Row(f"{name}: alisa, {where}", seconds, run)
+
+    def theirs(cache: str) -> Row:
+        return Row(
+            f"{name}: transformers, {cache} cache", 60,
+            lambda s: stock(s, "llama", cache, batch, prompt, new_tokens),
         )  # fmt: skip
-        for cache in ("static", "dynamic", "offloaded"):
-            listed.append(
-                Row(f"{name}: transformers, {cache} cache", 60,
-                    lambda s, b=batch, c=cache: stock(s, "llama", c, b, short, new))
-            )  # fmt: skip
-    listed.append(Row("phase I overhead", 60, phase_one, ("more", lambda value: value <= PHASE_ONE)))
-    for batch in setting.opt_batches:
-        name = f"OPT-6.7B shapes, s {setting.opt_prompt}, n {setting.opt_new}, batch {batch}"
-        listed += [
-            Row(f"{name}: alisa, 20% of KV on the device", 45,
-                lambda s, b=batch: ours(s, "opt", 0.2, b, s.opt_prompt, s.opt_new)),
-            Row(f"{name}: transformers, dynamic cache", 30,
-                lambda s, b=batch: stock(s, "opt", "dynamic", b, s.opt_prompt, s.opt_new)),
-        ]  # fmt: skip
-    return listed
+
+    # The first of each kind of graph is compiled in its row, the others mostly come from Inductor's cache.
+    first, *others = setting.shares
+    return [
+        alisa(first, f"{first:.0%} of KV on the device", 120),
+        theirs("static"),
+        alisa(others[-1], f"{others[-1]:.0%} of KV on the device", 120),
+        theirs("offloaded"),
+        alisa(1.0, "all of KV on the device, CUDA graphs", cuda_graphs=True),
+        theirs("dynamic"),
+        *(alisa(share, f"{share:.0%} of KV on the device") for share in others[:-1]),
+    ]
+
+
+def _opt_rows(setting: Setting, batch: int) -> list[Row]:
+    name = f"OPT-6.7B shapes, s {setting.opt_prompt}, n {setting.opt_new}, batch {batch}"
+    return [
+        Row(f"{name}: alisa, 20% of KV on the device", 90,
+            lambda s: ours(s, "opt", 0.2, batch, s.opt_prompt, s.opt_new)),
+        Row(f"{name}: transformers, dynamic cache", 30,
+            lambda s: stock(s, "opt", "dynamic", batch, s.opt_prompt, s.opt_new)),
+    ]  # fmt: skip
 
 
 def run_row(row: Row, setting: Setting, left: float) -> Values:
@@ -496,6 +537,15 @@ def run_row(row: Row, setting: Setting, left: float) -> Values:
     return result
 
 
+def _context_is_dead(device: torch.device) -> bool:
+    """Whether an error has left the GPU's context unusable for this process."""
+    try:
+        _synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def _versions() -> dict[str, str]:
     found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     for package in ("triton", "transformers"):
@@ -512,6 +562,76 @@ def _print(result: Values) -> None:
     print(tabulate(shown, tablefmt="plain") if values else f"  {result['reason']}", flush=True)
 
 
+def _write(path: Path, record: Values) -> None:
+    """Whole or not at all."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _read(path: Path) -> Values:
+    record: Values = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def run_rows(listed: list[Row], setting: Setting, path: Path | None, deadline: float) -> bool:
+    """Run the rows that the record at `path` lacks, and write it after each. deadline: by `time.time`.
+
+    Returns whether all have run; a row after which the GPU cannot be used ends it.
+    """
+    record: Values = {"rows": []} if path is None or not path.exists() else _read(path)
+    done = {result["row"] for result in record["rows"]}
+    if "versions" not in record:
+        name = "cpu" if setting.device.type == "cpu" else torch.cuda.get_device_name()
+        record = {
+            "device": name, "date": datetime.date.today().isoformat(), "machine": machine_line(),
+            "versions": _versions(), **record,
+        }  # fmt: skip
+    for row in listed:
+        if row.name in done:
+            continue
+        left = deadline - time.time()
+        if path is not None:
+            _write(
+                path, {**record, "running": {"row": row.name, "until": time.time() + max(0.0, min(row.seconds, left))}}
+            )
+        record["rows"].append(run_row(row, setting, left))
+        _print(record["rows"][-1])
+        if path is not None:
+            _write(path, record)
+        if record["rows"][-1]["status"] == "failed" and _context_is_dead(setting.device):
+            return False
+    return True
+
+
+def supervise(command: list[str], path: Path) -> None:
+    """Run `command` until it returns 0, again when it dies or a row hangs in it; that row's result is so written down.
+
+    It must go on where the record at `path` ends, as `run_rows` does.
+    """
+    while True:
+        before = len(_read(path)["rows"]) if path.exists() else 0
+        child = subprocess.Popen(command, start_new_session=True)
+        while (status := child.poll()) is None:
+            running = _read(path).get("running") if path.exists() else None
+            # Python takes a row's time limit itself, where it gets to run.
+            if running is not None and time.time() > running["until"] + GRACE:
+                _kill(child)
+                break
+            time.sleep(0.2)
+        if status == 0:
+            return
+        record = _read(path) if path.exists() else {"rows": []}
+        running = record.pop("running", None)
+        if running is not None:
+            reason = "hung, and was killed" if status is None else f"the process ended with status {status}"
+            record["rows"].append({"row": running["row"], "status": "failed", "reason": reason})
+            _print(record["rows"][-1])
+            _write(path, record)
+        if len(record["rows"]) == before:
+            raise SystemExit(f"rows cannot be run: the process ended with status {status}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -519,24 +639,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="run the rows whose name contains this")
     parser.add_argument("--json", type=Path, help="write here instead of benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU; writes nothing into results")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # given to the process that runs rows
     given = parser.parse_args(arguments)
     if not given.dry and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --dry runs every row on the CPU with tiny shapes, to see that it runs")
     setting = DRY if given.dry else GPU
-    started = time.perf_counter()
-    print(machine_line())
-    results = []
-    for row in rows(setting):
-        if given.only.lower() in row.name.lower():
-            results.append(run_row(row, setting, 60 * given.minutes - (time.perf_counter() - started)))
-            _print(results[-1])
-    if given.dry and given.json is None:
+    listed = [row for row in rows(setting) if given.only.lower() in row.name.lower()]
+    deadline = given.until or time.time() + 60 * given.minutes
+    if given.dry or given.until:
+        if not run_rows(listed, setting, given.json, deadline):
+            sys.exit(RESTART)
         return
-    name = "cpu" if given.dry else torch.cuda.get_device_name()
-    today = datetime.date.today().isoformat()
-    path = given.json or RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{today}.json"
-    record = {"device": name, "date": today, "machine": machine_line(), "versions": _versions(), "rows": results}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path = given.json or RESULTS / f"{name}-{datetime.date.today().isoformat()}.json"
+    path.unlink(missing_ok=True)
+    print(machine_line(), flush=True)
+    same = ["--only", given.only, "--json", str(path), "--until", str(deadline)]
+    supervise([sys.executable, "-m", "benchmarks.gpu_check", *same], path)
     print(path)
 
 

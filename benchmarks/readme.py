@@ -3,7 +3,8 @@
     python -m benchmarks.readme        # writes them anew; a test fails where that would change something
 
 Between `<!-- bench:GROUP -->` and `<!-- /bench -->` stands the table of that group of `benchmarks/results/bench.json`;
-`<!-- bench:GROUP: CASE; CASE -->` takes some of its cases alone.
+`<!-- bench:GROUP: CASE; CASE -->` takes some of its cases alone. Between `<!-- gpu -->` and `<!-- /gpu -->` stands what
+`benchmarks/gpu_check.py` has measured.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import gpu_table, tables
 from benchmarks.results_file import BadResults, read
 from benchmarks.run import RESULTS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+_GPU = re.compile(r"<!-- gpu -->\n.*?<!-- /gpu -->", re.DOTALL)
 _MARKED = re.compile(r"<!-- bench:(?P<group>[\w-]+)(?:: (?P<cases>[^>]*?))? -->\n.*?<!-- /bench -->", re.DOTALL)
 
 
@@ -27,6 +29,7 @@ def rewritten(text: str, rows: Mapping[str, dict[str, Any]]) -> str:
     begins, ends = text.count("<!-- bench:"), text.count("<!-- /bench -->")
     if begins != ends or begins != len(_MARKED.findall(text)):
         raise BadResults(f"{begins} times `<!-- bench:... -->` and {ends} times `<!-- /bench -->`: they come in pairs")
+    text = _GPU.sub(lambda _: f"<!-- gpu -->\n\n{gpu_table.section(RESULTS.parent)}\n\n<!-- /gpu -->", text)
     return _MARKED.sub(lambda found: _section(found["group"], found["cases"], rows), text)
 
 
@@ -55,8 +58,6 @@ def _section(group: str, cases: str | None, rows: Mapping[str, dict[str, Any]]) 
 def current(path: Path = README) -> tuple[str, str]:
     """The file as it is, and as it should be."""
     text = path.read_text(encoding="utf-8")
-    if "<!-- bench:" not in text:
-        return text, text
     return text, rewritten(text, read(RESULTS))
 
 

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..errors import AlisaError, CacheError
+from ..errors import AlisaError, CacheError, NotAvailableError
 from .cache import AlisaLayer, failures_of, refuse_gradients
 
 NAME = "alisa"
@@ -35,9 +35,17 @@ def alisa_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query [B, Hq, T, D]` over an AlisaCache; returns `[B, T, Hq, D]` and no weights."""
+    if kwargs.get("s_aux") is not None:
+        raise NotAvailableError(
+            f"attn_implementation='{NAME}' is not available for attention sinks",
+            got="a model that adds a learned score to each softmax (s_aux)",
+            fix="load the model with attn_implementation='eager'",
+        )
     layer: AlisaLayer | None = getattr(key, "alisa_layer", None)
     if layer is None and getattr(key, "alisa_dense", None):
         raise CacheError(
@@ -46,20 +54,25 @@ def alisa_attention(
             expected="the config of the model as it is now",
             fix="build it as AlisaCache(model.config, ...) after attn_implementation is set",
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.compiler.is_dynamo_compiling() or layer is None:
         mask = attention_mask
-        if mask is not None and mask.dim() == 2:
-            mask = _dense_mask(mask, query, key)
+        is_bare = mask is None and (softcap or (sliding_window and not torch.compiler.is_dynamo_compiling()))
+        if is_bare or (mask is not None and mask.dim() == 2):
+            mask = _dense_mask(mask, query, key, sliding_window)
+        if softcap:  # which torch's attention does not have
+            attend_capped = torch.ops.alisa.capped_attention.default
+            capped = attend_capped(query, key, value, mask, scale=scale, soft_cap=softcap)
+            return capped.transpose(1, 2).contiguous(), None
         out: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
     if dropout != 0.0:
         raise AlisaError("AlisaCache is for inference", got="attention dropout", fix="call model.eval() first")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     assert layer.store is not None
     with torch.no_grad(), failures_of(layer.store):
-        out_heads = attend(layer, query, key, value, attention_mask, scale)
+        out_heads = attend(layer, query, key, value, attention_mask, scale, softcap or 0.0)
     if torch.is_grad_enabled() and query.requires_grad:
         out_heads = refuse_gradients(out_heads, query)
     return out_heads.transpose(1, 2).contiguous(), None
@@ -72,6 +85,7 @@ def attend(
     value: torch.Tensor,
     padding_mask: torch.Tensor | None,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """The ops that the rewrite puts into a graph, called one by one."""
     ops, store, index = torch.ops.alisa, layer.store, layer.index
@@ -89,12 +103,13 @@ def attend(
     if new_tokens == 1:
         store.note_sparse_layers(int(bool(store.spec)))
         decode = ops.swa_attention.tiered if tiered else ops.swa_attention.default
-        out, mass = decode(*stored, scale, *store.ticket_argument)
+        out, mass = decode(*stored, scale, *store.ticket_argument, soft_cap)
     elif total == new_tokens:
-        out, mass = ops.prefill_attention(query, key, value, padding_mask, store.groups, store.spec, scale)
+        block = (query, key, value, padding_mask, store.groups, store.spec)
+        out, mass = ops.prefill_attention(*block, scale, soft_cap)
     else:
         extend = ops.extend_attention.tiered if tiered else ops.extend_attention.default
-        out, mass = extend(*stored, store.spec, scale, *store.ticket_argument)
+        out, mass = extend(*stored, store.spec, scale, *store.ticket_argument, soft_cap)
     if store.spec:
         state = (store.scores, store.rows, store.counts, mass, store.length, store.origin, valid)
         if new_tokens == 1:
@@ -110,13 +125,17 @@ def attend(
     return result
 
 
-def _dense_mask(padding_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """A 4-D causal mask from a 2-D one, for K and V that are not from an AlisaCache."""
+def _dense_mask(
+    padding_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, sliding_window: int | None
+) -> torch.Tensor:
+    """A 4-D causal mask from a 2-D one, for K and V of the latest tokens that are not from an AlisaCache."""
     queries, keys = query.shape[2], key.shape[2]
     columns = torch.arange(keys, device=query.device)
     positions = torch.arange(keys - queries, keys, device=query.device)
-    causal = columns <= positions[:, None]
-    return causal[None, None] & (padding_mask[:, None, None, :keys] != 0)
+    attended = (columns <= positions[:, None])[None, None]
+    if sliding_window is not None:
+        attended = attended & (columns > positions[:, None] - sliding_window)
+    return attended if padding_mask is None else attended & (padding_mask[:, None, None, -keys:] != 0)
 
 
 def register() -> None:

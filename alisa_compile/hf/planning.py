@@ -112,8 +112,8 @@ def placer(model_config: Any, stores: list[StoreShape], config: AlisaConfig, bud
             # Nobody asked for limits, and what is free is an estimate: the allocation itself will tell.
             logger.warning("everything goes to the device, although it may not fit: %s", error)
             return None
-        # Tiers on a GPU have not been tried on one: without a limit that was asked for, all rows go there.
-        return None if not any_given and stores[0].device.type != "cpu" else sizes
+        # Transfers are written for CPUs and CUDA: elsewhere all rows go to the device unless a limit was asked for.
+        return sizes if any_given or stores[0].device.type in ("cpu", "cuda") else None
 
     return [place] * len(stores)
 

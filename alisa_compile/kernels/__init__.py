@@ -12,6 +12,7 @@ if __name__ == "alisa_compile.kernels":
     from . import (
         assign_slots,
         buffer_attention,
+        capped_attention,
         copy_rows,
         extend_attention,
         gather_rows,
@@ -32,6 +33,7 @@ if __name__ == "alisa_compile.kernels":
 __all__ = [
     "assign_slots",
     "buffer_attention",
+    "capped_attention",
     "copy_rows",
     "extend_attention",
     "gather_rows",

@@ -35,6 +35,15 @@ inline Vector<double, 8> exponential(Vector<double, 8> x) {
   return x;
 }
 
+// cap * tanh(x / cap)
+template <class Acc>
+Lanes<Acc> soft_capped(Lanes<Acc> x, Acc cap) {
+  const auto ratio = x / cap, magnitude = ratio < Acc(0) ? -ratio : ratio;
+  const auto faded = exponential(magnitude * Acc(-2));
+  const auto capped = (Acc(1) - faded) / (Acc(1) + faded) * cap;
+  return ratio < Acc(0) ? -capped : capped;
+}
+
 // Scratch that begins at a cache line.
 template <class T, int kPurpose>
 T* aligned(int64_t count) {

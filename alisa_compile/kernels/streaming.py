@@ -8,6 +8,7 @@ import torch
 
 from alisa_compile.compat import attention_with_lse  # absolute: mypy also sees this folder as `kernels`
 
+from .capped_attention import soft_capped
 from .selection import last_queries
 
 Block = tuple[int, int]
@@ -24,10 +25,11 @@ def decode_in_blocks(
     valid: torch.Tensor | None,
     scale: float,
     dtype: torch.dtype,
+    soft_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One query row `[B, Hq, 1, D]` over all blocks: its output, and its attention weights `[B, Hq, T]` of `dtype`.
 
-    valid: `[B, T]` or None.
+    valid: `[B, T]` or None. soft_cap: as in `swa_attention`.
     """
     batch, heads, _, head_dim = query.shape
     tokens = blocks[-1][1]
@@ -37,7 +39,8 @@ def decode_in_blocks(
     for first, end in blocks:
         key, value = read(first, end)
         packed = query.reshape(batch, key.shape[1], -1, head_dim)
-        block = (packed @ key.transpose(-1, -2)).to(dtype).mul_(scale).reshape(batch, heads, -1)
+        block = soft_capped((packed @ key.transpose(-1, -2)).to(dtype).mul_(scale), soft_cap)
+        block = block.reshape(batch, heads, -1)
         if valid is not None:
             block.masked_fill_(~valid[:, None, first:end], float("-inf"))
         logits[..., first:end] = block
@@ -60,6 +63,7 @@ def attend_in_blocks(
     start: int,
     scale: float,
     dtype: torch.dtype,
+    soft_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """T query rows `[B, Hq, T, D]` at the positions from `start` on, causally: output and log-sum-exp `[B, Hq, T]`.
 
@@ -73,7 +77,7 @@ def attend_in_blocks(
         skipped = max(0, first - start)  # query rows before this block
         rows = query[:, :, skipped:]
         mask = None if valid is None else _mask(valid, first, end, start + skipped, rows.shape[2])
-        part, part_lse = attention_with_lse(rows, key, value, mask, scale, is_causal=first >= start)
+        part, part_lse = attention_with_lse(rows, key, value, mask, scale, soft_cap, is_causal=first >= start)
         _merge(out[:, :, skipped:], lse[:, :, skipped:], part.to(dtype), part_lse.to(dtype))
     return out.to(query.dtype), lse
 
@@ -105,6 +109,7 @@ def mass_in_blocks(
     groups: int,
     seed_rows: int,
     scale: float,
+    soft_cap: float,
     *,
     total: bool,
 ) -> torch.Tensor:
@@ -126,7 +131,8 @@ def mass_in_blocks(
             wide = index[:, None, :].expand(-1, heads, -1)
             rows = query.gather(2, wide.unsqueeze(-1).expand(-1, -1, -1, head_dim))
             packed = rows.reshape(batch, key.shape[1], -1, head_dim)
-            logits = (packed @ key.transpose(-1, -2)).to(dtype).mul_(scale).reshape(batch, heads, -1, end - first)
+            logits = soft_capped((packed @ key.transpose(-1, -2)).to(dtype).mul_(scale), soft_cap)
+            logits = logits.reshape(batch, heads, -1, end - first)
             weights = (logits - lse.gather(2, wide).unsqueeze(-1)).exp_()
             attends = columns <= (index + start)[..., None]
             if valid is not None and real is not None:

@@ -96,8 +96,9 @@ def is_op(node: object, *ops: Any) -> TypeGuard[fx.Node]:
 
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """Calls of `F.scaled_dot_product_attention`, in graph order."""
-    return [n for n in gm.graph.nodes if n.target is torch.nn.functional.scaled_dot_product_attention]
+    """Calls of `F.scaled_dot_product_attention` and its soft-capped form, in graph order."""
+    targets = (torch.nn.functional.scaled_dot_product_attention, torch.ops.alisa.capped_attention.default)
+    return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in targets]
 
 
 def kv_origins(node: fx.Node) -> list[fx.Node]:
@@ -122,7 +123,7 @@ _OPTIONAL_PLACES = {"attn_mask": 3, "dropout_p": 4, "is_causal": 5}
 
 
 def attention_option(node: fx.Node, name: str, default: Any = None) -> Any:
-    """An optional argument of `scaled_dot_product_attention`, given by name or by position."""
+    """An optional argument of an attention node, given by name or by position."""
     place = _OPTIONAL_PLACES.get(name, len(node.args))
     return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
 

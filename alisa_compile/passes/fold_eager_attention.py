@@ -1,7 +1,8 @@
 """Fold attention that a model spells out into one `scaled_dot_product_attention`, for the passes that follow.
 
 transformers writes eager attention as `matmul(q, k.transpose(-1, -2)) -> * scale -> + mask -> softmax -> dropout ->
-matmul(., v)`, with casts between. Each step is checked; any other step keeps the attention as it is, with a reason.
+matmul(., v)`, with casts between. Soft-capped scores, `/ cap -> tanh -> * cap` before the mask, make it one
+`alisa::capped_attention`. Each step is checked; any other step keeps the attention as it is, with a reason.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .base import (
     model_layer,
     target_name,
 )
-from .rewrite_attention import site_of
+from .rewrite_attention import READS, site_of
 
 NAME = "alisa_fold_eager_attention"
 
@@ -49,6 +50,7 @@ class _Match:
     value: fx.Node
     mask: fx.Node | None
     scale: float
+    soft_cap: float  # 0 = none
     steps: list[fx.Node]
 
 
@@ -73,7 +75,7 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
             layer = None if read is None else model_layer(node, site_of(read).layer)
             result.skipped.append(SkipRow(node.name, layer, str(refusal)))
     for read in gm.graph.nodes:
-        if is_op(read, torch.ops.alisa.kv_read.default) and read.users and read not in reached:
+        if is_op(read, *READS) and read.users and read not in reached:
             layer = model_layer(read, site_of(read).layer)
             result.skipped.append(SkipRow(read.name, layer, "what the model does with its K and V is not recognised"))
     drop_unused(gm)
@@ -107,7 +109,7 @@ def _sources(values: Any) -> Iterator[fx.Node]:
             operands = [*value.args[1:], *value.kwargs.values()]
         for operand in operands:
             for node in _upstream(operand):
-                if is_op(node, torch.ops.alisa.kv_read.default):
+                if is_op(node, *READS):
                     yield node
                 if not is_call(node, *_VIEW, *_CAST):
                     break
@@ -118,7 +120,7 @@ def _match(product: fx.Node, writes: Writes) -> _Match:
     steps = _steps_after_softmax(product)
     softmax = steps[-1]
     _check_softmax(softmax)
-    scores, mask, scale = softmax.args[0], None, 1.0
+    scores, mask, scale, cap = softmax.args[0], None, 1.0, 0.0
     while True:
         node = _only_used_by(scores, steps[-1])
         steps.append(node)
@@ -130,9 +132,13 @@ def _match(product: fx.Node, writes: Writes) -> _Match:
         elif is_call(node, *_ADD):
             if mask is not None:
                 raise Refusal(_SECOND_SUM)
-            if scale != 1.0:
+            if scale != 1.0 or cap:
                 raise Refusal("its mask is scaled together with its scores")
             scores, mask = _masked(node)
+        elif is_call(node, "tanh"):
+            if cap:
+                raise Refusal("its scores are soft-capped twice")
+            scores, cap, scale = node.args[0], scale, 1.0
         elif is_call(node, "matmul"):
             break
         else:
@@ -144,7 +150,8 @@ def _match(product: fx.Node, writes: Writes) -> _Match:
     for operand in (query, key, value, mask):
         if operand is not None and writes.between(operand, operand, product):
             raise Refusal(f"the graph writes to '{operand.name}', which it attends with")
-    return _Match(query, key, value, mask, scale, steps)
+    # cap * tanh(scale * scores): with the cap taken out of the scale, and positive, as tanh is odd.
+    return _Match(query, key, value, mask, scale * cap if cap else scale, abs(cap), steps)
 
 
 def _only_used_by(node: Any, user: fx.Node) -> fx.Node:
@@ -206,6 +213,8 @@ def _scaled(node: fx.Node) -> tuple[Any, float]:
         left, right = right, left
     if not isinstance(right, (int, float)) or node.kwargs:
         raise Refusal("its scale is computed in the graph")
+    if right == 0:
+        raise Refusal("its scores are scaled by 0")
     return left, 1.0 / right if divided else float(right)
 
 
@@ -261,8 +270,6 @@ def _obstacle(product: fx.Node) -> str:
     for node in _upstream(product.args[0]):
         if is_call(node, "cat"):
             return "attention sinks: its scores have columns that are no keys"
-        if is_call(node, "tanh"):
-            return "soft-capped scores"
         if is_call(node, "baddbmm"):
             return "a bias is added to the scores (ALiBi)"
         if is_call(node, *_PRODUCT) or node.op not in ("call_function", "call_method"):
@@ -270,23 +277,21 @@ def _obstacle(product: fx.Node) -> str:
         names.append(target_name(node))
     if sum(name in _ADD for name in names) > 1:
         return _SECOND_SUM
-    known = ("softmax", "dropout", *_SCALE, *_ADD, *_CAST, *_VIEW)
+    known = ("softmax", "dropout", "tanh", *_SCALE, *_ADD, *_CAST, *_VIEW)
     unknown = [name for name in names if name not in known]
     return f"its scores go through '{unknown[0]}'" if unknown else "its products are not understood"
 
 
 def _replace(graph: fx.Graph, product: fx.Node, match: _Match) -> None:
-    attention = torch.nn.functional.scaled_dot_product_attention
+    operands = (match.query, match.key, match.value)
+    named = {"attn_mask": match.mask, "scale": match.scale}
     with graph.inserting_before(product):
-        node = insert_call(
-            graph,
-            attention,
-            (match.query, match.key, match.value),
-            product,
-            attn_mask=match.mask,
-            dropout_p=0.0,
-            scale=match.scale,
-        )
+        if match.soft_cap:
+            capped = torch.ops.alisa.capped_attention.default
+            node = insert_call(graph, capped, operands, product, **named, soft_cap=match.soft_cap)
+        else:
+            attention = torch.nn.functional.scaled_dot_product_attention
+            node = insert_call(graph, attention, operands, product, **named, dropout_p=0.0)
     product.replace_all_uses_with(node)
     for step in (product, *match.steps):  # some write in place, to what only the next step uses
         graph.erase_node(step)

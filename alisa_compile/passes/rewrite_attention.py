@@ -1,11 +1,11 @@
 """Rewrite attention over an AlisaCache into `alisa::` attention, scoring and selection.
 
-Before: kv_append -> kv_read -> scaled_dot_product_attention with a mask. After, by the stage that `kv_read` carries:
-decode: kv_append -> swa_attention -> kv_select; prefill: kv_append -> prefill_attention -> kv_seed; extend (several
-tokens on a history): kv_append -> extend_attention -> kv_seed. Without sparsity nothing is scored or selected. Where
-the rows of a store do not all fit the device: kv_wait before the append, kv_offload -> kv_prefetch at the end; where it
-deletes rows, kv_offload -> kv_prefetch -> kv_recompute. The mask and the dense read are left without users and
-disappear.
+Before: kv_append -> kv_read -> scaled_dot_product_attention, or capped_attention, with a mask. After, by the stage that
+`kv_read` carries: decode: kv_append -> swa_attention -> kv_select; prefill: kv_append -> prefill_attention -> kv_seed;
+extend (several tokens on a history): kv_append -> extend_attention -> kv_seed. Without sparsity nothing is scored or
+selected. Where the rows of a store do not all fit the device: kv_wait before the append, kv_offload -> kv_prefetch at
+the end; where it deletes rows, kv_offload -> kv_prefetch -> kv_recompute. The mask and the dense read are left without
+users and disappear.
 """
 
 from __future__ import annotations
@@ -242,15 +242,17 @@ def _emit(graph: fx.Graph, node: fx.Node, site: ReadSite, padding: fx.Node | Non
     )  # fmt: skip
     tiered = site.ticket is not None
     ticket = (site.ticket,) if tiered else ()
+    cap = (node.kwargs["soft_cap"],) if is_op(node, ops.capped_attention.default) else ()
     if site.stage == "decode":
         decode = ops.swa_attention.tiered if tiered else ops.swa_attention.default
         decode = ops.swa_attention.recomputing if site.hidden_size else decode
-        both = call(decode, *stored, scale, *ticket)
+        both = call(decode, *stored, scale, *ticket, *cap)
     elif site.stage == "prefill":
-        both = call(ops.prefill_attention.default, query, site.key, site.value, padding, groups, site.spec, scale)
+        block = (query, site.key, site.value, padding, groups, site.spec)
+        both = call(ops.prefill_attention.default, *block, scale, *cap)
     else:
         extend = ops.extend_attention.tiered if tiered else ops.extend_attention.default
-        both = call(extend, *stored, site.spec, scale, *ticket)
+        both = call(extend, *stored, site.spec, scale, *ticket, *cap)
     out = call(_getitem, both, 0)
     if site.spec:
         mass = call(_getitem, both, 1)

@@ -31,6 +31,7 @@ from .base import (
     kv_origins,
     model_layer,
 )
+from .rewrite_attention import READS
 
 _WRITES = ("setitem", "index_copy_", "copy_", "index_put_", "scatter_", "slice_scatter")
 _META = "alisa_buffer_sites"
@@ -61,9 +62,11 @@ def run(gm: fx.GraphModule, config: AlisaConfig) -> PassResult:
     spec = selection_spec(config)
     found: list[BufferSite] = []
     for node in attention_nodes(gm):
-        if any(is_op(source, torch.ops.alisa.kv_read.default) for source in kv_origins(node)):
+        if any(is_op(source, *READS) for source in kv_origins(node)):
             continue
         try:
+            if is_op(node, torch.ops.alisa.capped_attention.default):
+                raise Refusal("its scores are soft-capped, which is not available over a static buffer")
             key, value = _buffers(node)
             if spec is None:
                 raise Refusal("sparsity is 0, and its own dense attention is exact")

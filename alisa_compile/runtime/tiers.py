@@ -85,15 +85,10 @@ class Pool:
     @classmethod
     def allocate(cls, tier: Tier, shape: RowShape, num_slots: int, device: torch.device) -> Pool:
         """`rows [N, 2, P, D]`, `scales [N, 2, P]`; zeroed, so that a dense read of unwritten positions is finite."""
-        rows = torch.empty(
-            (num_slots, 2, shape.heads_per_slot, shape.head_dim), dtype=shape.stored_dtype, device=device
-        )
-        if device.type == "cpu":
-            advise_huge_pages(rows)
-        rows.zero_()
+        rows = _zeros((num_slots, 2, shape.heads_per_slot, shape.head_dim), shape.stored_dtype, device)
         scales = None
         if shape.form is RowForm.KV_INT8:
-            scales = torch.zeros((num_slots, 2, shape.heads_per_slot), dtype=torch.float32, device=device)
+            scales = _zeros((num_slots, 2, shape.heads_per_slot), torch.float32, device)
         return cls(tier, shape, rows, scales)
 
     @property
@@ -120,3 +115,10 @@ def advise_huge_pages(tensor: torch.Tensor) -> None:
     length = (tensor.data_ptr() + tensor.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        advise_huge_pages(tensor)
+    return tensor.zero_()

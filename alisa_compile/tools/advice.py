@@ -50,7 +50,7 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     (r"its mask (is additive|has shape)", "give a boolean mask of shape [B, 1, 1, N], True where to attend"),
     (r"its (softmax is taken|query, K, V and output)|it (converts|rounds) ", _ONE_DTYPE),
     (r"its (padding )?mask|the graph writes to .*, which its mask|something else than one mask", _PLAIN_MASK),
-    (r"attention sinks|soft-capped|a bias is added|more than a mask|its scores|its products|its softmax|its query",
+    (r"attention sinks|a bias is added|more than a mask|its scores|its products|its softmax|its query",
      _OWN_FORMULA),
     (r"what the model does with its K and V|the passes found no attention", _OWN_FORMULA),
     (r"its K or V also depends|its K depends", "set recompute='off': K and V of this layer cannot be made again"),

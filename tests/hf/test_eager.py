@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, GptOssConfig
 
-from alisa_compile import AlisaCache, AlisaError
+from alisa_compile import AlisaCache, AlisaError, NotAvailableError
 from tests import support
 from tests.support import assert_same_tokens, left_padded, tiny_model
 
@@ -161,3 +161,44 @@ def test_alisa_attention_refuses_dropout() -> None:
     ids, _ = left_padded(1, 5)
     with torch.no_grad(), pytest.raises(AlisaError, match=r"for inference; got: attention dropout; .*model\.eval\(\)"):
         model(ids, past_key_values=AlisaCache(model.config))
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 512, "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+def _of(config: Any) -> Any:
+    """A random model with scores far from uniform."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "norm" not in name:
+                parameter.mul_(3.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "prompt", "batch_size"),
+    [(Gemma2Config, 7, 1), (Gemma2Config, 40, 2), (Gemma3TextConfig, 40, 2)],
+)
+def test_sliding_layers_and_soft_capped_scores(config: Any, prompt: int, batch_size: int) -> None:
+    """Stock's tokens, over an AlisaCache, over transformers' own cache, and compiled; prompts beyond the window too."""
+    changes = {"attn_logit_softcapping": 3.0} if config is Gemma2Config else {}
+    stock = _of(config(**_SMALL, **changes))
+    ours = _of(config(**_SMALL, **changes, attn_implementation="alisa"))
+    ids, mask = left_padded(batch_size, prompt)
+    for model in (Eager(ours, sparsity=0.0), ours, support.compiled(ours, inner="eager", sparsity=0.0)):
+        assert_same_tokens(stock, model, ids, mask, 16)
+
+
+def test_attention_sinks_are_refused() -> None:
+    """By a typed error; they would be left out."""
+    options = {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "attn_implementation": "alisa"}
+    ids, mask = left_padded(1, 5)
+    with pytest.raises(NotAvailableError, match=r"attention sinks; got: .*s_aux.*attn_implementation='eager'"):
+        tokens(Eager(_of(GptOssConfig(**options))), ids, mask, 2)

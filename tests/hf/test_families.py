@@ -116,6 +116,7 @@ REWRITTEN: dict[str, tuple[Callable[[], Any], int]] = {
         lambda: hf.Qwen3MoeConfig(**_LLAMA, **_MOE, head_dim=16, num_experts=4, moe_intermediate_size=32),
         2,
     ),
+    "Gemma 2 (soft-cap), full layers": (lambda: hf.Gemma2Config(**_SLIDING, attn_logit_softcapping=3.0), 2),
     "Gemma 3, full layers": (lambda: hf.Gemma3TextConfig(**_SLIDING), 2),
     "Gemma 3, full layers, eager attention": (
         lambda: hf.Gemma3TextConfig(**_SLIDING, attn_implementation="eager"),
@@ -135,7 +136,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: hf.BloomConfig(**_TOKENS, hidden_size=64, n_layer=2, n_head=4),
         "a bias is added to the scores (ALiBi)",
     ),
-    "Gemma 2 (soft-cap)": (lambda: hf.Gemma2Config(**_LLAMA, head_dim=16, sliding_window=16), "soft-capped scores"),
     "Falcon (ALiBi)": (
         lambda: hf.FalconConfig(
             **_BASE, num_hidden_layers=2, multi_query=True, new_decoder_architecture=False, alibi=True

@@ -95,7 +95,7 @@ class Driver:
         device: str = "cpu",
         **options: Any,
     ) -> None:
-        self.heads = heads
+        self.heads, self.soft_cap = heads, 0.0  # of the scores; 0 = none
         shape = StoreShape(layers, batch, heads.kv, heads.dim, dtype, torch.device(device))
         self.store = TokenStore(shape, AlisaConfig(**options), capacity, lambda *_: sizes)
 
@@ -140,20 +140,21 @@ class Driver:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention op that fits the block: decode, prefill or extend. dense: without the working set."""
         store, (query, key, value), scale = self.store, block.layer(layer), self.heads.scale
+        cap = (self.soft_cap,) if self.soft_cap else ()
         valid = None if mask is None else store.valid
         if block.tokens == 1 and store.has_history:
             rows, counts = (None, None) if dense else (store.rows, store.counts)
             op = ops.swa_attention.default if store.tiers is None else ops.swa_attention.tiered
             return op(
                 query, store.pool, store.scales, store.table, store.length, valid, rows, counts, layer, scale,
-                *self._ticket(),
+                *self._ticket(), *cap,
             )  # fmt: skip
         if not store.has_history:
-            return ops.prefill_attention(query, key, value, mask, store.groups, store.spec, scale)
+            return ops.prefill_attention(query, key, value, mask, store.groups, store.spec, scale, *cap)
         op = ops.extend_attention.default if store.tiers is None else ops.extend_attention.tiered
         return op(
             query, store.pool, store.scales, store.table, store.length, valid, store.rows, store.counts, layer,
-            store.spec, scale, *self._ticket(),
+            store.spec, scale, *self._ticket(), *cap,
         )  # fmt: skip
 
     def _ticket(self) -> tuple[torch.Tensor, ...]:
@@ -224,6 +225,21 @@ def naive_attention(
         row = torch.softmax((keys @ query[head]) * scale, dim=0)
         weights.append(row)
         outputs.append((row.unsqueeze(1) * values).sum(0))
+    return torch.stack(outputs), torch.stack(weights)
+
+
+def naive_capped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attended: list[int], scale: float, soft_cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with soft-capped scores, number by number."""
+    outputs, weights = [], []
+    for head in range(query.shape[0]):
+        kv_head = head // (query.shape[0] // key.shape[0])
+        scores = [float(key[kv_head, position].double() @ query[head].double()) * scale for position in attended]
+        shares = [math.exp(soft_cap * math.tanh(score / soft_cap)) for score in scores]
+        row = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+        weights.append(row)
+        outputs.append(row @ value[kv_head][attended].double())
     return torch.stack(outputs), torch.stack(weights)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from alisa_compile.kernels import cuda_transfers
 from alisa_compile.kernels.tiers import ROWS_MISSED, TierState
+from alisa_compile.runtime.store import TokenStore
 from alisa_compile.runtime.tiers import TierSizes
 from tests.kernels.harness import Block, Driver, Heads, close, random_block
 from tests.pretend_gpu import FakeStream, Machine, Order, pretend_gpu
@@ -24,6 +25,8 @@ class _Driver(Driver):
 
     def move(self, layer: int) -> None:
         store = self.store
+        if store.tiers is None:
+            return
         rows = (store.pool, store.scales, store.table, store.length)
         torch.ops.alisa.kv_offload(*rows, store.ticket, layer, store.spec)
         chosen = [None if tensor is None else tensor.clone() for tensor in (store.rows, store.counts)]
@@ -33,11 +36,13 @@ class _Driver(Driver):
 class Pair:
     """A store with tiers on the pretended GPU, and one with everything on the host that gets the same tokens."""
 
-    def __init__(self, gpu: Machine, *, layers: int = 2, batch: int = 2, **options: Any) -> None:
+    def __init__(
+        self, gpu: Machine, *, layers: int = 2, batch: int = 2, sizes: TierSizes | None = SIZES, **options: Any
+    ) -> None:
         self.gpu, self.layers, self.batch = gpu, layers, batch
         self.dtype = torch.float32 if options.get("kv_dtype") == "int8" else torch.float64
         common = {"capacity": 200, "layers": layers, "batch": batch, "dtype": self.dtype, **options}
-        self.ours, self.theirs = _Driver(HEADS, sizes=SIZES, device="cuda", **common), Driver(HEADS, **common)
+        self.ours, self.theirs = _Driver(HEADS, sizes=sizes, device="cuda", **common), Driver(HEADS, **common)
         self._generator = torch.Generator().manual_seed(5)
         self._outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         # Uploaded ahead: an upload would wait for the GPU, and hide what is out of order.
@@ -64,12 +69,16 @@ class Pair:
         self._outputs.append((got, expected))
         return waits
 
-    def check(self) -> None:
-        """All outputs, the rows on every tier, working sets and tables."""
+    def check_outputs(self) -> None:
+        """What attention has given since the last check."""
         close_to = torch.float32 if self.dtype == torch.float32 else torch.float64
         for got, expected in self._outputs:
             close(got.cpu(), expected, close_to)
         self._outputs.clear()
+
+    def check(self) -> None:
+        """All outputs, the rows on every tier, working sets and tables."""
+        self.check_outputs()
         ours, theirs = self.ours.store, self.theirs.store
         stored = theirs.host_length
         for layer in range(self.layers):
@@ -115,6 +124,60 @@ def test_steady_steps_do_not_wait(gpu: Machine, policy: dict[str, Any]) -> None:
     assert up > 0
     assert down == int(pair.tiers.below.sum()) * 2 * pair.tiers.row_bytes
     assert int(pair.tiers.traffic[ROWS_MISSED]) == 0
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize(
+    "options", [{"refresh": 8}, {"kv_dtype": "int8"}, {"head_mode": "per_kv_head"}, {"sparsity": 0.0}], ids=str
+)
+def test_steps_with_everything_on_the_device_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], padded: bool
+) -> None:
+    """Not even the first after the prompt. What the kernels' launches read is seen in `triton/generated`."""
+    with pretend_gpu(monkeypatch, Order.RANDOM) as gpu:
+        pair = Pair(gpu, sizes=None, **options)
+        mask = torch.ones((2, 200), dtype=torch.int64)
+        mask[1, :7] = 0
+        pair.forward(60, mask if padded else None)
+        for step in range(20):
+            assert pair.forward(1, mask if padded else None) == 0, f"step {step} waits for the GPU"
+        pair.check_outputs()
+
+
+def _also(patch: pytest.MonkeyPatch, owner: Any, name: str, more: Callable[[Any], object]) -> None:
+    """Let a method do something else first."""
+    method = getattr(owner, name)
+
+    def both(self: Any, *arguments: Any) -> Any:
+        more(self)
+        return method(self, *arguments)
+
+    patch.setattr(owner, name, both)
+
+
+_Engine = cuda_transfers.TransferEngine
+#: Ways to wait, and the method of a steady step that gets one.
+WAITS: dict[str, tuple[type, str, Callable[[Any], object]]] = {
+    "a value is read": (TokenStore, "begin_step", lambda store: int(store.length[0])),
+    "a list is read": (TokenStore, "end_step", lambda store: store.length.tolist()),
+    "a tensor is copied": (TokenStore, "end_step", lambda store: store.counts.cpu()),
+    "a size depends on data": (TokenStore, "begin_step", lambda store: store.rows.nonzero()),
+    "a stream is waited for": (_Engine, "wait", lambda engine: engine._streams.compute().synchronize()),
+    "a counter is read": (_Engine, "prefetch", lambda engine: engine._entered[0].item()),
+}
+
+
+@pytest.mark.parametrize("kind", WAITS)
+def test_a_wait_shows(kind: str) -> None:
+    """In each step of stores with tiers, and with everything on the device."""
+    owner, name, wait = WAITS[kind]
+    for sizes in (SIZES, None) if owner is TokenStore else (SIZES,):
+        with pytest.MonkeyPatch.context() as patch, pretend_gpu(patch, Order.RANDOM) as gpu:
+            pair = Pair(gpu, layers=1, sizes=sizes, refresh=8)
+            for tokens in (60, 1):
+                pair.forward(tokens)
+            _also(patch, owner, name, wait)
+            assert all(pair.forward(1) > 0 for _ in range(3))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

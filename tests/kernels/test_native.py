@@ -446,6 +446,39 @@ def test_attention_refuses_other_shapes() -> None:
         case.run("dense")
 
 
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dtype", "query_dtype"), [(torch.bfloat16, torch.bfloat16), (torch.int8, torch.float32)])
+def test_attention_reads_nothing_outside_its_store(dtype: torch.dtype, query_dtype: torch.dtype, threads: int) -> None:
+    """Chosen rows, lengths and slots that are out of bounds are refused, and the next call is right again."""
+    shape = (4, 2, 2, 64, 1100, 1000, 2)
+    capacity = shape[4]
+    expected = _case(shape, dtype, query_dtype).run("gathered")
+
+    def refused(case: Case, mode: str, match: str) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            case.run(mode)
+
+    with torch_threads(threads):
+        for entry, position in ((-1, capacity), (-1, 1 << 30), (0, -1)):
+            case = _case(shape, dtype, query_dtype)
+            last = int(case.counts[1, 1, 0])
+            case.rows[1, 1, 0, entry % last] = position
+            refused(case, "gathered", "chosen row")
+        case = _case(shape, dtype, query_dtype)
+        case.counts[1, 0, 1] = case.rows.shape[-1] + 1
+        refused(case, "gathered", "chosen row")
+        for slot in (len(case.store.pool), 1 << 30, -1):
+            case = _case(shape, dtype, query_dtype)
+            case.store.table[1, 1, 1, int(case.rows[1, 1, 1, 0])] = slot
+            refused(case, "gathered", "slot")
+            refused(case, "dense", "slot")
+        case.store.length[1] = capacity + 1
+        refused(case, "dense", "length")
+        again = _case(shape, dtype, query_dtype).run("gathered")
+    assert all(torch.equal(a, e) for a, e in zip(again, expected, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------ kv_select and kv_seed
 
 _ORIGIN = torch.zeros(2, dtype=torch.int64)

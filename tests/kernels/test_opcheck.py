@@ -71,33 +71,36 @@ def test_kv_read(driver: Driver, stage: str, tokens: int) -> None:
     _check(ops.kv_read.default, *state, *selection, key, value, 1, stage, store.spec, True)
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
 @pytest.mark.parametrize("dense", [False, True])
-def test_swa_attention(driver: Driver, dense: bool) -> None:
+def test_swa_attention(driver: Driver, dense: bool, soft_cap: float) -> None:
     """With a working set and without one, with validity bits and without."""
     store, query = driver.store, _block(driver, 1).query[1]
     rows, counts = (None, None) if dense else (store.rows, store.counts)
     state = (store.pool, store.scales, store.table, store.length)
     _each_padding(
         lambda valid: _check(
-            ops.swa_attention.default, query, *state, valid, rows, counts, 1, _HEADS.scale
+            ops.swa_attention.default, query, *state, valid, rows, counts, 1, _HEADS.scale, soft_cap
         ),
         store.valid,
     )  # fmt: skip
 
 
-def test_prefill_attention(driver: Driver) -> None:
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
+def test_prefill_attention(driver: Driver, soft_cap: float) -> None:
     """With and without padding; transposed inputs as models make them, and contiguous ones."""
     store, states = driver.store, _block(driver, 7).layer(1)
     for query, key, value in (states, [part.contiguous() for part in states]):
         _each_padding(
             lambda mask, q=query, k=key, v=value: _check(  # type: ignore[misc]
-                ops.prefill_attention.default, q, k, v, mask, store.groups, store.spec, _HEADS.scale
+                ops.prefill_attention.default, q, k, v, mask, store.groups, store.spec, _HEADS.scale, soft_cap
             ),
             torch.ones((2, 7), dtype=torch.int64),
         )
 
 
-def test_extend_attention(driver: Driver) -> None:
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
+def test_extend_attention(driver: Driver, soft_cap: float) -> None:
     """With and without validity bits."""
     store, block = driver.store, _block(driver, 4)
     for layer in range(2):
@@ -106,7 +109,7 @@ def test_extend_attention(driver: Driver) -> None:
     _each_padding(
         lambda valid: _check(
             ops.extend_attention.default, block.query[1], *state, valid, store.rows, store.counts, 1, store.spec,
-            _HEADS.scale,
+            _HEADS.scale, soft_cap,
         ),
         store.valid,
     )  # fmt: skip

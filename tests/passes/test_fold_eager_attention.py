@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama import modeling_llama
 
+import alisa_compile
 from tests.passes.graphs import Capture, captures
 from tests.support import compiled, left_padded, tiny_model
 
@@ -81,7 +82,20 @@ def _dropout_of_nothing(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torc
     return torch.matmul(F.dropout(weights, 0.0, True), v)
 
 
-FOLDED: tuple[Attend, ...] = (_as_llama, _as_gptj, _with_operators, _in_place, _scaled_query, _dropout_of_nothing)
+def _as_gemma2(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / 0.5) * 0.5
+    return torch.matmul(F.softmax(scores + mask, dim=-1), v)
+
+
+def _capped_in_float32(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
+    scores = (-0.7) * (torch.matmul(q, k.transpose(2, 3)).float() * (-scale / 0.7)).tanh()
+    return torch.matmul(F.softmax(scores + mask, dim=-1).to(v.dtype), v)
+
+
+CAPPED: tuple[Attend, ...] = (_as_gemma2, _capped_in_float32)
+FOLDED: tuple[Attend, ...] = (
+    _as_llama, _as_gptj, _with_operators, _in_place, _scaled_query, _dropout_of_nothing, *CAPPED,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("attend", FOLDED, ids=lambda function: function.__name__.strip("_"))
@@ -109,8 +123,13 @@ def _over_heads(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor
     return torch.matmul(F.softmax(torch.matmul(q, k.transpose(2, 3)) * scale + mask, dim=1), v)
 
 
-def _soft_capped(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
-    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / 2.0) * 2.0
+def _capped_with_its_mask(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
+    scores = torch.tanh((torch.matmul(q, k.transpose(2, 3)) * scale + mask) / 2.0) * 2.0
+    return torch.matmul(F.softmax(scores, dim=-1), v)
+
+
+def _capped_twice(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
+    scores = torch.tanh(torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / 2.0) * 2.0)
     return torch.matmul(F.softmax(scores + mask, dim=-1), v)
 
 
@@ -175,7 +194,8 @@ def _unmasked_mean(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Ten
 REFUSED: dict[Attend, str] = {
     _other_dim: "its softmax is not over the last of four dimensions",
     _over_heads: "its softmax is not over the last of four dimensions",
-    _soft_capped: "soft-capped scores",
+    _capped_with_its_mask: "its mask is scaled together with its scores",
+    _capped_twice: "its scores are soft-capped twice",
     _with_sinks: "attention sinks",
     _with_bias: "more than a mask is added to its scores",
     _scaled_mask: "its mask is scaled together with its scores",
@@ -202,6 +222,23 @@ def test_other_attention_stays_as_it_is(attend: Attend, monkeypatch: pytest.Monk
     assert all(REFUSED[attend] in row.reason for row in outcome.skipped), outcome.skipped
 
 
+@pytest.mark.parametrize(
+    "attend", (pytest.param(_as_llama, marks=pytest.mark.slow, id="llama"), pytest.param(_as_gemma2, id="gemma2"))
+)
+def test_rows_below_the_device(attend: Attend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store with tiers: the same tokens as with everything on the device, and rows that moved."""
+    model = _model(attend, monkeypatch)
+    ids, mask = left_padded(2, 200)
+    tokens = []
+    for budgets in ({}, {"device_kv_budget": 130 * 1024, "host_kv_budget": "1MiB"}):
+        ours = compiled(model, inner="eager", policy="churn", max_rows=None, **budgets)
+        tokens.append(ours.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0))
+        report = alisa_compile.report(ours).to_dict()
+        assert report["rewritten"] == {"prefill": 2, "decode": 2}
+    assert torch.equal(*tokens)
+    assert report["bytes_moved"]["host_to_device"] > 0
+
+
 def _with_dropout(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
     weights = F.softmax(torch.matmul(q, k.transpose(2, 3)) * scale + mask, dim=-1)
     return torch.matmul(F.dropout(weights, p=0.5, training=True), v)
@@ -216,10 +253,20 @@ def test_dropout_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     assert "it uses dropout" in caplog.text
 
 
-def test_sparse_selection_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("attend", CAPPED, ids=lambda function: function.__name__.strip("_"))
+def test_the_cap_reaches_the_ops(attend: Attend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a positive number, with the scale that the scores have before it."""
+    caps = {_as_gemma2: 0.5, _capped_in_float32: 0.7}
+    for capture in _check_equal(_model(attend, monkeypatch)):
+        for node in capture.calls(torch.ops.alisa.prefill_attention.default, torch.ops.alisa.swa_attention.default):
+            assert node.args[-2:] == pytest.approx((16**-0.5, caps[attend]))
+
+
+@pytest.mark.parametrize("attend", (_as_gptj, _as_gemma2), ids=("gptj", "gemma2"))
+def test_sparse_selection_follows(attend: Attend, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is folded is scored and selected like any other attention."""
     with captures() as found:
-        _logits(compiled(_model(_as_gptj, monkeypatch), inner="eager", sparsity=0.5))
+        _logits(compiled(_model(attend, monkeypatch), inner="eager", sparsity=0.5))
     for capture in found:
         assert capture.outcome.rewritten == 2
         assert len(capture.calls(torch.ops.alisa.kv_select.default, torch.ops.alisa.kv_seed.default)) == 2

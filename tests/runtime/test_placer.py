@@ -17,6 +17,9 @@ from alisa_compile.hf.planning import budgets_of, forecast, placer
 from alisa_compile.runtime.budgets import Budgets
 from alisa_compile.runtime.profile import FOLDER_VARIABLE, MachineProfile, Table, profile_path
 from alisa_compile.runtime.store import StoreShape, TokenStore
+from alisa_compile.runtime.tiers import TierSizes
+from tests.kernels.harness import Block, Driver, Heads, close, random_block
+from tests.pretend_gpu import Order, pretend_gpu
 from tests.support import tiny_model
 
 CPU = torch.device("cpu")
@@ -85,6 +88,35 @@ def test_only_limits_that_were_asked_for_refuse(
     assert "it may not fit" in caplog.text
     with pytest.raises(InfeasibleError):
         placer(llama.config, STORES, asked, budgets_of(llama.config, STORES, asked, 4096))[0](1, 4096)
+
+
+def test_a_gpu_that_holds_a_part(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no option at all: what is free there is kept to, the other rows are on the host, and steps are right."""
+    heads, capacity, batch = Heads(4, 2, 16), 200, 2
+    shapes = [StoreShape(2, batch, heads.kv, heads.dim, torch.float32, torch.device("cuda", 0))]
+    free = {"_free_on_gpu": 10**9, "_free_memory": 10**9}
+    for name in free:
+        monkeypatch.setattr(f"alisa_compile.runtime.budgets.{name}", lambda *_, name=name: free[name])
+
+    def sizes() -> TierSizes | None:
+        budgets = budgets_of(llama.config, shapes, AlisaConfig(), capacity)
+        return placer(llama.config, shapes, AlisaConfig(), budgets)[0](batch, capacity)
+
+    assert sizes() is None  # it holds all
+    beside = 9 * 10**8 - budgets_of(llama.config, shapes, AlisaConfig(), capacity).device
+    free["_free_on_gpu"] = int((120_000 + beside) / 0.9)
+    part = sizes()
+    assert part is not None and 0 < part.device < capacity
+    generator = torch.Generator().manual_seed(0)
+    common: dict[str, Any] = {"capacity": capacity, "layers": 2, "batch": batch, "dtype": torch.float32}
+    with pretend_gpu(monkeypatch, Order.RANDOM):
+        ours, theirs = Driver(heads, sizes=part, device="cuda", **common), Driver(heads, **common)
+        assert ours.store.bytes_by_tier()["device"] <= 120_000 < theirs.store.bytes_by_tier()["device"]
+        for tokens in (150, *[1] * 40):
+            block = random_block(generator, heads, tokens, layers=2, batch=batch, dtype=torch.float32)
+            there = Block(*(tensor.to("cuda") for tensor in (block.query, block.key, block.value)))
+            close(ours.forward(there).cpu(), theirs.forward(block), torch.float32)
+        assert ours.store.counters()[1] > 0
 
 
 def test_activations_of_short_prompts_are_small(llama: Any) -> None:

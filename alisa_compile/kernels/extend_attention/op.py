@@ -23,7 +23,7 @@ def _fake(
     layer: int,
     spec: str,
     scale: float,
-    ticket: torch.Tensor | None = None,
+    *rest: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, batch_size, groups, capacity = table.shape
     seed_rows = decode_spec(spec).seed_rows(query.shape[2], capacity) if spec else 0
@@ -36,5 +36,9 @@ _ARGUMENTS = (
     "Tensor? counts, int layer, str spec, float scale"
 )
 
-define(f"extend_attention({_ARGUMENTS}) -> (Tensor, Tensor)", extend_attention, _fake)
-define(f"extend_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", extend_attention_tiered, _fake)
+define(f"extend_attention({_ARGUMENTS}, float soft_cap=0.0) -> (Tensor, Tensor)", extend_attention, _fake)
+define(
+    f"extend_attention.tiered({_ARGUMENTS}, Tensor ticket, float soft_cap=0.0) -> (Tensor, Tensor)",
+    extend_attention_tiered,
+    _fake,
+)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..capped_attention import soft_capped
 from ..kv_read.reference import read_rows
 from ..prefill_attention.reference import blockwise_attention, last_rows_mass
 from ..selection import SPARSE_BLOCK, SelectionSpec, decode_spec
@@ -22,6 +23,7 @@ def extend_attention(
     layer: int,
     spec: str,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of T new tokens on a history.
 
@@ -44,11 +46,13 @@ def extend_attention(
         def read(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return read_rows(pool, scales, table[layer].gather(-1, positions), query.dtype)
 
-        return attend_sparsely(query, read, capacity, own, *chosen, start, seed_rows, policy, scale)
+        return attend_sparsely(query, read, capacity, own, *chosen, start, seed_rows, policy, scale, soft_cap)
     key, value = read_rows(pool, scales, table[layer, :, :, :tokens], query.dtype)
-    out = blockwise_attention(query, key, value, own, query_start=start, scale=scale)
+    out = blockwise_attention(query, key, value, own, query_start=start, scale=scale, soft_cap=soft_cap)
     total = policy is not None and policy.rank == "sum"
-    recent = last_rows_mass(query, key, own, groups, seed_rows, query_start=start, scale=scale, total=total)
+    recent = last_rows_mass(
+        query, key, own, groups, seed_rows, query_start=start, scale=scale, soft_cap=soft_cap, total=total
+    )
     mass = recent.new_zeros(*recent.shape[:3], capacity)
     mass[..., :tokens] = recent
     return out, mass
@@ -76,6 +80,7 @@ def attend_sparsely(
     seed_rows: int,
     policy: SelectionSpec,
     scale: float,
+    soft_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and mass of a block that attends to a working set.
 
@@ -102,7 +107,7 @@ def attend_sparsely(
     )  # [B, G, T, W + T]
     packed = query.reshape(batch_size, kv_heads, -1, head_dim)
     logits = (packed @ key.transpose(-1, -2)).to(score_dtype(query.dtype)) * scale
-    logits = logits.reshape(batch_size, groups, -1, new_tokens, positions.shape[-1])
+    logits = soft_capped(logits, soft_cap).reshape(batch_size, groups, -1, new_tokens, positions.shape[-1])
     weights = logits.masked_fill(~attends[:, :, None], float("-inf")).softmax(-1)
     out = weights.to(query.dtype).reshape(batch_size, kv_heads, -1, positions.shape[-1]) @ value
     received = weights.sum(2)  # [B, G, T, W + T]

@@ -23,6 +23,7 @@ def extend_attention_tiered(
     spec: str,
     scale: float,
     ticket: torch.Tensor,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`extend_attention` of a store whose rows do not all fit the device: those below stream through it in blocks.
 
@@ -30,7 +31,7 @@ def extend_attention_tiered(
     """
     state = state_of(ticket)
     if int(state.below[layer]) == 0:
-        return extend_attention(query, pool, scales, table, length, valid, rows, counts, layer, spec, scale)
+        return extend_attention(query, pool, scales, table, length, valid, rows, counts, layer, spec, scale, soft_cap)
     groups, capacity = table.shape[2:]
     new_tokens, tokens = query.shape[2], int(length[layer])
     start = tokens - new_tokens
@@ -43,16 +44,16 @@ def extend_attention_tiered(
         def fetch(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return load_rows(state, pool, scales, table, layer, positions, query.dtype)
 
-        return attend_sparsely(query, fetch, capacity, own, *chosen, start, seed_rows, policy, scale)
+        return attend_sparsely(query, fetch, capacity, own, *chosen, start, seed_rows, policy, scale, soft_cap)
 
     def read(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_rows(*state.stage(pool, scales, table, layer, first, end), query.dtype)
 
     blocks = state.blocks(tokens, start)
-    out, lse = attend_in_blocks(query, read, blocks, own, start, scale, score_dtype(query.dtype))
+    out, lse = attend_in_blocks(query, read, blocks, own, start, scale, score_dtype(query.dtype), soft_cap)
     mass = lse.new_zeros(query.shape[0], groups, seed_rows, capacity)
     if policy is not None and seed_rows:
         mass[..., :tokens] = mass_in_blocks(
-            query, lse, read, blocks, own, start, groups, seed_rows, scale, total=policy.rank == "sum"
+            query, lse, read, blocks, own, start, groups, seed_rows, scale, soft_cap, total=policy.rank == "sum"
         )
     return out, mass

@@ -13,7 +13,7 @@ constexpr int64_t kMassLogits = 1 << 21;  // logits of a block of query rows
 struct MassCall {
   Tensor &query, &key, &valid, &mass;
   int64_t start;
-  double scale;
+  double scale, soft_cap;
 };
 
 template <class Dot>
@@ -99,9 +99,17 @@ void last_rows(const MassCall& call) {
         const int64_t own = list % groups * (query_heads / groups) + h;  // query head
         const int64_t at = (b * heads + own / ratio) * packed + r * ratio + own % ratio;
         Acc* row = logits + at * width;
+        Acc factor = factors[at];
+        if (call.soft_cap > 0) {
+          const Acc cap = static_cast<Acc>(call.soft_cap);
+          for (int64_t c = 0; c < whole; c += kLanes) {
+            save(row + c, soft_capped<Acc>(load<Lanes<Acc>>(row + c) * factor, cap));
+          }
+          factor = 1;
+        }
         Lanes<Acc> most = none, total = {};
         for (int64_t c = 0; c < whole; c += kLanes) {
-          const auto here = load<Lanes<Acc>>(row + c) * factors[at];
+          const auto here = load<Lanes<Acc>>(row + c) * factor;
           const auto masked = load<Lanes<Acc>>(attended + c) != Acc(0) ? here : none;
           save(row + c, masked);
           most = masked > most ? masked : most;
@@ -128,7 +136,7 @@ void prefill_mass(StableIValue* stack, uint64_t, uint64_t) {
   Tensor key = arguments.tensor();
   Tensor valid = arguments.optional_tensor();
   const int64_t groups = arguments.integer(), rows = arguments.integer(), start = arguments.integer();
-  const double scale = arguments.real();
+  const double scale = arguments.real(), soft_cap = arguments.real();
   require(query.dim == 4 && key.dim == 4 && query.size[0] == key.size[0] && query.size[3] == key.size[3] &&
               query.size[1] % key.size[1] == 0 && query.size[1] % groups == 0 && query.type == key.type,
           "alisa: the query and the key of a prompt do not belong together");
@@ -137,7 +145,7 @@ void prefill_mass(StableIValue* stack, uint64_t, uint64_t) {
   if (valid) require(valid.contiguous(2).size[1] >= key.size[2], "alisa: the mask is shorter than the prompt");
   const bool wide = query.type == Type::kDouble;
   Tensor mass = empty({query.size[0], groups, rows, key.size[2]}, wide ? Type::kDouble : Type::kFloat);
-  const MassCall call{query, key, valid, mass, start, scale};
+  const MassCall call{query, key, valid, mass, start, scale, soft_cap};
   switch (query.type) {
     case Type::kFloat:
       last_rows<WideDot<float, float>>(call);

@@ -25,6 +25,7 @@ def _fake(
     groups: int,
     spec: str,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     seed_rows = decode_spec(spec).seed_rows(query.shape[2]) if spec else 0
     mass = query.new_empty((query.shape[0], groups, seed_rows, key.shape[2]), dtype=score_dtype(query.dtype))
@@ -45,20 +46,21 @@ def _fake_mass(
     seed_rows: int,
     start: int,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     return query.new_empty((query.shape[0], groups, seed_rows, key.shape[2]), dtype=score_dtype(query.dtype))
 
 
 define(
-    "prefill_mass(Tensor query, Tensor key, Tensor? valid, int groups, SymInt seed_rows, SymInt start, float scale) "
-    "-> Tensor",
+    "prefill_mass(Tensor query, Tensor key, Tensor? valid, int groups, SymInt seed_rows, SymInt start, float scale, "
+    "float soft_cap=0.0) -> Tensor",
     prefill_mass,
     _fake_mass,
     native=True,
 )
 define(
     "prefill_attention(Tensor query, Tensor key, Tensor value, Tensor? padding_mask, int groups, str spec, "
-    "float scale) -> (Tensor, Tensor)",
+    "float scale, float soft_cap=0.0) -> (Tensor, Tensor)",
     functools.partial(prefill_attention, mass_of=_mass),
     _fake,
     cuda=triton_first(prefill_attention),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..capped_attention import capped_attention, soft_capped
 from ..selection import decode_spec, last_queries
 from ..swa_attention.reference import score_dtype
 
@@ -21,9 +22,10 @@ def prefill_mass(
     seed_rows: int,
     start: int,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """`last_rows_mass` of queries that begin at position `start`, not summed over rows."""
-    return last_rows_mass(query, key, valid, groups, seed_rows, query_start=start, scale=scale)
+    return last_rows_mass(query, key, valid, groups, seed_rows, query_start=start, scale=scale, soft_cap=soft_cap)
 
 
 def prefill_attention(
@@ -34,13 +36,15 @@ def prefill_attention(
     groups: int,
     spec: str,
     scale: float,
+    soft_cap: float = 0.0,
+    *,
     mass_of: Callable[..., torch.Tensor] = prefill_mass,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention without history.
 
     query: `[B, Hq, S, D]`, key, value: `[B, Hkv, S, D]`, padding_mask: `[B, S]` nonzero = real token, or None. A query
     row before which there is no real token attends to itself alone, so nothing is ever NaN. groups: head groups with
-    one index set each. spec: an encoded `SelectionSpec`, or "" for no mass.
+    one index set each. spec: an encoded `SelectionSpec`, or "" for no mass. soft_cap: see `soft_capped`; 0 = none.
 
     Returns the output `[B, Hq, S, D]` and the mass `[B, groups, R, S]`, R = `spec.seed_rows(S)`: the attention rows of
     each sequence's last R valid tokens, oldest first, summed over the group's query heads. A sequence with fewer
@@ -49,18 +53,21 @@ def prefill_attention(
     """
     key, value = key.to(query.dtype), value.to(query.dtype)  # autocast mixes them
     valid = None if padding_mask is None else padding_mask[:, : key.shape[2]] != 0
-    if valid is None:
+    if valid is None and not soft_cap:
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         # As the shape function promises: torch may follow the strides of the query, and autocast change the dtype.
         out = out.to(query.dtype).contiguous()
     else:
-        out = blockwise_attention(query, key, value, valid, query_start=0, scale=scale)
+        out = blockwise_attention(query, key, value, valid, query_start=0, scale=scale, soft_cap=soft_cap)
     policy = decode_spec(spec) if spec else None
     seed_rows = int(policy.seed_rows(query.shape[2])) if policy else 0
     if policy is not None and policy.rank == "sum":
-        return out, last_rows_mass(query, key, valid, groups, seed_rows, query_start=0, scale=scale, total=True)
-    return out, mass_of(query, key, valid, groups, seed_rows, 0, scale)
+        total = last_rows_mass(
+            query, key, valid, groups, seed_rows, query_start=0, scale=scale, soft_cap=soft_cap, total=True
+        )
+        return out, total
+    return out, mass_of(query, key, valid, groups, seed_rows, 0, scale, soft_cap)
 
 
 def blockwise_attention(
@@ -71,6 +78,7 @@ def blockwise_attention(
     *,
     query_start: int,
     scale: float,
+    soft_cap: float,
 ) -> torch.Tensor:
     """Causal attention over blocks of query rows: query row i stands at position `query_start + i`.
 
@@ -80,7 +88,8 @@ def blockwise_attention(
     batch_size, query_heads, query_length, _ = query.shape
     kv_length = key.shape[2]
     columns = torch.arange(kv_length, device=query.device)
-    block = max(1, min(_BLOCK_ROWS, _MASK_ELEMENTS // (batch_size * kv_length)))
+    heads_at_once = query_heads if soft_cap else 1  # torch's attention keeps no scores
+    block = max(1, min(_BLOCK_ROWS, _MASK_ELEMENTS // (batch_size * heads_at_once * kv_length)))
     out = query.new_empty(query.shape)
     alone = None if valid is None else valid.long().cumsum(-1) == 0  # padding with no real token before it
     for start in range(0, query_length, block):
@@ -90,14 +99,13 @@ def blockwise_attention(
         if valid is not None and alone is not None:
             itself = (columns[:end] == positions[:, None]) & alone[:, None, positions, None]
             mask = (mask & valid[:, None, None, :end]) | itself
-        out[:, :, start : start + block] = F.scaled_dot_product_attention(
-            query[:, :, start : start + block],
-            key[:, :, :end],
-            value[:, :, :end],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=query_heads != key.shape[1],
-        )
+        rows, keys, values = query[:, :, start : start + block], key[:, :, :end], value[:, :, :end]
+        if soft_cap:
+            attended = capped_attention(rows, keys, values, mask, scale=scale, soft_cap=soft_cap)
+        else:
+            grouped = query_heads != key.shape[1]
+            attended = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale, enable_gqa=grouped)
+        out[:, :, start : start + block] = attended
     return out
 
 
@@ -110,6 +118,7 @@ def last_rows_mass(
     *,
     query_start: int,
     scale: float,
+    soft_cap: float = 0.0,
     total: bool = False,
 ) -> torch.Tensor:
     """Attention rows of the last `seed_rows` valid queries, summed over heads: `[B, groups, seed_rows, Skv]`.
@@ -131,7 +140,7 @@ def last_rows_mass(
         queries = query.gather(2, index[:, None, :, None].expand(-1, query_heads, -1, head_dim))
         packed = queries.reshape(batch_size, kv_heads, -1, head_dim)  # [B, Hkv, Hq / Hkv * count, D]
         logits = (packed @ key.transpose(-1, -2)).to(dtype).mul_(scale)
-        logits = logits.reshape(batch_size, query_heads, count, kv_length)
+        logits = soft_capped(logits, soft_cap).reshape(batch_size, query_heads, count, kv_length)
         positions = index + query_start
         attends = columns <= positions[..., None]
         if valid is not None:

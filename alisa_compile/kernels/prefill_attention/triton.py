@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..capped_attention.triton import soft_capped
 from ..selection import decode_spec, last_queries
 from ..triton_launch import require, rows_with_unit_stride, tuned
 
@@ -29,9 +30,12 @@ def _fits(*, config: triton.Config, capability: int, query: torch.Tensor, DIM: i
     return bool(logits == 512 or (logits == 1024 and (DIM <= 64 or capability >= 90)))
 
 
-def _mass_fits(*, config: triton.Config, capability: int, query: torch.Tensor, DIM: int, **_: Any) -> bool:
+def _mass_fits(
+    *, config: triton.Config, capability: int, query: torch.Tensor, DIM: int, CAP_LOG2: float, **_: Any
+) -> bool:
     tile = (config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"])
-    if capability < 80 or query.dtype == torch.float32:
+    needs_registers = capability >= 100 and DIM > 128 and CAP_LOG2 > 0
+    if capability < 80 or query.dtype == torch.float32 or needs_registers:
         return tile == (32, 32)
     return tile == ((32, 64) if DIM > 128 else (64, 64))
 
@@ -52,8 +56,8 @@ def rows_of_head(tensor, stride_b, stride_h, sequence, head):
 @triton.jit
 def attend_block(
     q, acc, total, top, key_rows, value_rows, key_stride, value_stride, valid_row, position, first, tokens, scale_log2,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    IS_DIAGONAL: tl.constexpr,
+    CAP_LOG2: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, IS_DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: the keys from `first` on. IS_DIAGONAL: some are in a query's future."""
     dim = tl.arange(0, DIM)
@@ -70,6 +74,8 @@ def attend_block(
     if IS_DIAGONAL:
         seen = seen & (column[None, :] <= position[:, None])
     logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale_log2
+    if CAP_LOG2 > 0.0:
+        logit = soft_capped(logit, CAP_LOG2)
     logit = tl.where(seen, logit, float("-inf"))
     new_top = tl.maximum(top, tl.max(logit, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing attended so far
@@ -95,12 +101,13 @@ def attend_causally(
     query, key, value, valid, out, lse, tokens, scale_log2,
     query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
     value_stride_b, value_stride_h, value_stride_s,
-    QUERY_HEADS: tl.constexpr, RATIO: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAP_LOG2: tl.constexpr, QUERY_HEADS: tl.constexpr, RATIO: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of query rows of one head: grid (blocks of rows, B * Hq).
 
-    out: `[B, Hq, S, D]`; lse: `[B, Hq, S]` float32 in units of log 2, or None.
+    out: `[B, Hq, S, D]`; lse: `[B, Hq, S]` float32 in units of log 2, or None. CAP_LOG2: soft-cap of logits in
+    that unit; 0 = none.
     """
     # Blocks further down have more keys: they start first, so that none of them runs alone at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -125,12 +132,12 @@ def attend_causally(
     for first in range(0, diagonal, BLOCK_N):
         acc, total, top = attend_block(
             q, acc, total, top, key_rows, value_rows, key_stride_s, value_stride_s, valid_row, position, first, tokens,
-            scale_log2, HEAD_DIM, DIM, BLOCK_N, PRECISION, False,
+            scale_log2, CAP_LOG2, HEAD_DIM, DIM, BLOCK_N, PRECISION, False,
         )  # fmt: skip
     for first in range(diagonal, tl.minimum(start + BLOCK_M, tokens), BLOCK_N):
         acc, total, top = attend_block(
             q, acc, total, top, key_rows, value_rows, key_stride_s, value_stride_s, valid_row, position, first, tokens,
-            scale_log2, HEAD_DIM, DIM, BLOCK_N, PRECISION, True,
+            scale_log2, CAP_LOG2, HEAD_DIM, DIM, BLOCK_N, PRECISION, True,
         )  # fmt: skip
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if valid is not None:
@@ -148,8 +155,8 @@ def attend_causally(
 def received_by_keys(
     query, key, valid_row, lse, sequence, group, position, is_query, first_column, tokens, scale_log2,
     query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
-    QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAP_LOG2: tl.constexpr, QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention weights of the queries at `position [BLOCK_M]` on a block of keys, summed over a group's heads."""
     RATIO: tl.constexpr = QUERY_HEADS // KV_HEADS
@@ -176,6 +183,8 @@ def received_by_keys(
             )  # fmt: skip
             norm = tl.load(lse + (sequence * QUERY_HEADS + head) * tokens + rows, mask=is_query, other=0.0)
             logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale_log2
+            if CAP_LOG2 > 0.0:
+                logit = soft_capped(logit, CAP_LOG2)
             received += tl.where(seen, tl.exp2(logit - norm[:, None]), 0.0)
     return received
 
@@ -185,8 +194,8 @@ def received_by_keys(
 def mass_of_last_rows(
     query, key, valid, lse, chosen, real, mass, tokens, seed_rows, scale_log2,
     query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
-    QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAP_LOG2: tl.constexpr, QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of the mass `[B, GROUPS, R, S]`: grid (blocks of keys, blocks of rows, B * GROUPS).
 
@@ -210,7 +219,7 @@ def mass_of_last_rows(
         received = received_by_keys(
             query, key, valid_row, lse, sequence, group, position, is_query, first_column, tokens, scale_log2,
             query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
-            QUERY_HEADS, KV_HEADS, GROUPS, HEAD_DIM, DIM, PRECISION, BLOCK_M, BLOCK_N,
+            CAP_LOG2, QUERY_HEADS, KV_HEADS, GROUPS, HEAD_DIM, DIM, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     place = (index * seed_rows + row)[:, None] * tokens + column[None, :]
     tl.store(mass + place, received, mask=(row < seed_rows)[:, None] & (column < tokens)[None, :])
@@ -221,8 +230,8 @@ def mass_of_last_rows(
 def mass_of_all_rows(
     query, key, valid, lse, mass, tokens, scale_log2,
     query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
-    QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAP_LOG2: tl.constexpr, QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The mass `[B, GROUPS, 1, S]` received from all real queries together: grid (blocks of keys, B * GROUPS)."""
     index = tl.program_id(1).to(tl.int64)
@@ -242,7 +251,7 @@ def mass_of_all_rows(
             received_by_keys(
                 query, key, valid_row, lse, sequence, group, position, is_query, first_column, tokens, scale_log2,
                 query_stride_b, query_stride_h, query_stride_s, key_stride_b, key_stride_h, key_stride_s,
-                QUERY_HEADS, KV_HEADS, GROUPS, HEAD_DIM, DIM, PRECISION, BLOCK_M, BLOCK_N,
+                CAP_LOG2, QUERY_HEADS, KV_HEADS, GROUPS, HEAD_DIM, DIM, PRECISION, BLOCK_M, BLOCK_N,
             ),
             0,
         )  # fmt: skip
@@ -257,6 +266,7 @@ def prefill_attention(
     groups: int,
     spec: str,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.prefill_attention`."""
     batch_size, query_heads, tokens, head_dim = query.shape
@@ -276,7 +286,8 @@ def prefill_attention(
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if seed_rows else None
     strides = (*query.stride()[:3], *key.stride()[:3])
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    shape = {"HEAD_DIM": head_dim, "DIM": max(16, triton.next_power_of_2(head_dim)), "PRECISION": precision}
+    dim = max(16, triton.next_power_of_2(head_dim))
+    shape = {"CAP_LOG2": soft_cap * _LOG2_E, "HEAD_DIM": head_dim, "DIM": dim, "PRECISION": precision}
     attend_causally[lambda constants: (triton.cdiv(tokens, constants["BLOCK_M"]), batch_size * query_heads)](
         query, key, value, valid, out, lse, tokens, scale * _LOG2_E, *strides, *value.stride()[:3],
         QUERY_HEADS=query_heads, RATIO=query_heads // kv_heads, **shape,

@@ -27,7 +27,9 @@ struct Attended {
 struct Problem {
   int64_t dim, padded_dim, heads, ratio;  // KV heads in a slot, query heads of a KV head
   const void* pool;
+  int64_t slots;
   const float* scales;
+  double soft_cap;  // 0: none
 };
 
 constexpr int64_t kTile = 32;  // rows between two looks at the largest logit
@@ -353,8 +355,30 @@ void weigh_tile(int64_t count, const typename Dot::Acc* query_scales, const Prob
   }
 }
 
+// The logits of a tile, scaled and soft-capped before `weigh_tile`; returns what is left to scale them by: ones.
 template <class Dot>
-void attend_block(const Attended& attended, int64_t begin, int64_t end, const void* prepared,
+const typename Dot::Acc* cap_tile(const typename Dot::Acc* query_scales, const Problem& problem,
+                                  typename Dot::Acc* weights, const Tile<Dot>& tile) {
+  using Acc = typename Dot::Acc;
+  constexpr int kLanes = kLanesOf<Acc>;
+  const int64_t query_heads = problem.heads * problem.ratio;
+  const Acc cap = static_cast<Acc>(problem.soft_cap);
+  for (int64_t h = 0; h < query_heads; ++h) {
+    for (int64_t i = 0; i < kTile; i += kLanes) {
+      auto logits = load<Lanes<Acc>>(weights + h * kTile + i) * query_scales[h];
+      if (problem.scales != nullptr) logits *= load<Lanes<Acc>>(tile.scales + h / problem.ratio * kTile + i);
+      save(weights + h * kTile + i, soft_capped<Acc>(logits, cap));
+    }
+  }
+  if (problem.scales != nullptr) std::fill(tile.scales, tile.scales + problem.heads * kTile, Acc(1));
+  Acc* ones = scratch<Acc, 18>(query_heads);
+  std::fill(ones, ones + query_heads, Acc(1));
+  return ones;
+}
+
+// Returns false, and reads no row, if one's slot is outside the pool.
+template <class Dot>
+bool attend_block(const Attended& attended, int64_t begin, int64_t end, const void* prepared,
                   const typename Dot::Acc* query_scales, const Problem& problem,
                   const Partial<typename Dot::Acc>& partial, Stage* stage) {
   using Row = typename Dot::Row;
@@ -370,6 +394,7 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
   const float* scales[(kMostTiles + 2) * kTile];
   int32_t away[(kMostTiles + 2) * kTile];  // positions of rows without a slot, else -1; only with a stage
   int64_t count = 0, gathered = 0;
+  bool outside = false;
   for (int64_t i = begin; i < std::min(end + kTile, attended.count); ++i) {
     if (i == end) count = gathered;
     const int64_t position = attended.positions == nullptr ? i : attended.positions[i];
@@ -386,12 +411,14 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
         continue;
       }
     }
+    outside |= static_cast<uint64_t>(slot) >= static_cast<uint64_t>(problem.slots);
     keys[gathered] = static_cast<const Row*>(problem.pool) + slot * 2 * heads * dim;
     if (problem.scales != nullptr) scales[gathered] = problem.scales + slot * 2 * heads;
     ++gathered;
   }
+  if (outside) return false;
   if (end >= attended.count) count = gathered;
-  if (count == 0) return;
+  if (count == 0) return true;
   std::fill(keys + gathered, keys + count + 2 * kTile, keys[gathered - 1]);
   if (problem.scales != nullptr) std::fill(scales + gathered, scales + count + 2 * kTile, scales[gathered - 1]);
 
@@ -406,7 +433,7 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
     const Row* const* rows = keys + first_row;
     const int64_t tile = first_row / kTile, tile_rows = std::min(kTile, count - first_row);
     if (stage != nullptr) {
-      if (!stage->fetch(attended.region, away + first_row, tile_rows)) return;
+      if (!stage->fetch(attended.region, away + first_row, tile_rows)) return true;  // the stage keeps the failure
       for (int64_t i = 0; i < tile_rows; ++i) {
         if (away[first_row + i] < 0) continue;
         keys[first_row + i] = reinterpret_cast<const Row*>(stage->staged(0, i));
@@ -440,7 +467,9 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
         });
       }
     }
-    weigh_tile<Dot>(tile_rows, query_scales, problem, partial, weights, tile_scratch);
+    const Acc* logit_scales = query_scales;
+    if (problem.soft_cap > 0) logit_scales = cap_tile<Dot>(query_scales, problem, weights, tile_scratch);
+    weigh_tile<Dot>(tile_rows, logit_scales, problem, partial, weights, tile_scratch);
     if (partial.weights != nullptr) {
       std::copy(partial.largest, partial.largest + query_heads, partial.so_far + tile * head_size);
     }
@@ -465,6 +494,7 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
     }
   }
   if constexpr (Dot::kPairs) in_order(partial.out, query_heads * padded);
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------- the kernel
@@ -472,7 +502,7 @@ void attend_block(const Attended& attended, int64_t begin, int64_t end, const vo
 struct AttentionCall {
   Tensor &query, &pool, &scales, &table, &valid, &rows, &counts;
   int64_t layer, tokens;
-  double scale;
+  double scale, soft_cap;
   Tensor &out, &mass;
   Tiers* tiers;  // of the rows without a slot; null: all have one
 };
@@ -481,7 +511,7 @@ template <class Acc>
 struct Kernel {
   int64_t elements, query_bytes;  // at a time, and of one prepared element
   Acc (*prepare)(const Acc*, int64_t, int64_t, void*);
-  using Attend = void(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&,
+  using Attend = bool(const Attended&, int64_t, int64_t, const void*, const Acc*, const Problem&, const Partial<Acc>&,
                       Stage*);
   Attend *few, *many;
 };
@@ -563,8 +593,8 @@ void attend(const AttentionCall& call) {
   const int64_t heads = call.pool.size[2], dim = call.query.size[3], all_heads = call.query.size[1];
   const int64_t query_heads = all_heads / groups, ratio = query_heads / heads, layer = call.layer;
   const int64_t padded = (dim + kernel.elements - 1) / kernel.elements * kernel.elements;
-  const Problem problem{dim, padded, heads, ratio, call.pool.data<void>(),
-                        call.scales ? call.scales.data<float>() : nullptr};
+  const Problem problem{dim, padded, heads, ratio, call.pool.data<void>(), call.pool.size[0],
+                        call.scales ? call.scales.data<float>() : nullptr, call.soft_cap};
 
   char* queries = aligned<char, 2>(batch * all_heads * padded * kernel.query_bytes);
   Acc* query_scales = scratch<Acc, 4>(batch * all_heads + padded);
@@ -594,6 +624,12 @@ void attend(const AttentionCall& call) {
     }
     return {slots, call.rows.data<int32_t>() + at * width, nullptr, counts[pair], region};
   };
+  require(call.tokens <= capacity, "alisa: the length is beyond the table");
+  for (int64_t pair = 0; !dense && pair < batch * groups; ++pair) {  // ascending, so the ends are enough
+    const Attended own = attended(pair);
+    const bool inside = own.count == 0 || (own.positions[0] >= 0 && own.positions[own.count - 1] < capacity);
+    require(own.count <= width && inside, "alisa: a chosen row is beyond the table");
+  }
   int64_t blocks = 1, attended_rows = 0, most_rows = 1;
   for (int64_t pair = 0; pair < batch * groups; ++pair) {
     const int64_t count = attended(pair).count, rows = block_rows(count);
@@ -619,14 +655,18 @@ void attend(const AttentionCall& call) {
     Acc* weights = base + 2 * head_size + out_size;
     return {base, base + head_size, base + 2 * head_size, wanted ? weights : nullptr, weights + weights_size};
   };
+  std::atomic<bool> outside{false};
   const auto attend_unit = [&](int64_t unit, Stage* stage) {
     const int64_t pair = unit / blocks, block = unit % blocks;
     const Attended own = attended(pair);
     const int64_t rows = block_rows(own.count), begin = block * rows;
     if (begin >= own.count && block > 0) return;
-    (own.count < kManyRows ? kernel.few : kernel.many)(
-        own, begin, std::min(begin + rows, own.count), queries + pair * query_heads * padded * kernel.query_bytes,
-        query_scales + pair * query_heads, problem, partial_of(pair, block), stage);
+    auto* attend_rows = own.count < kManyRows ? kernel.few : kernel.many;
+    if (!attend_rows(own, begin, std::min(begin + rows, own.count),
+                     queries + pair * query_heads * padded * kernel.query_bytes, query_scales + pair * query_heads,
+                     problem, partial_of(pair, block), stage)) {
+      outside.store(true, std::memory_order_relaxed);
+    }
   };
   const int64_t work = attended_rows * query_heads * dim;
   if (call.tiers == nullptr) {
@@ -634,6 +674,7 @@ void attend(const AttentionCall& call) {
   } else {
     attend_from_below(*call.tiers, layer, units, std::min(kTile, most_rows), work, attend_unit);
   }
+  require(!outside, "alisa: a slot of the table is beyond the pool");
 
   // Combine the blocks of each pair in order.
   Acc* largests = aligned<Acc, 6>(2 * pairs * head_size);
@@ -709,6 +750,7 @@ void decode_step(StableIValue* stack, bool tiered) {
   const int64_t layer = arguments.integer();
   const double scale = arguments.real();
   Tensor ticket = tiered ? arguments.tensor() : Tensor();
+  const double soft_cap = arguments.real();
 
   pool.contiguous(4);
   table.contiguous(4);
@@ -744,7 +786,7 @@ void decode_step(StableIValue* stack, bool tiered) {
       tiers->note(traffic, "");
     }
   }
-  const AttentionCall call{query, pool, scales, table, valid, rows, counts, layer, tokens, scale, out, mass,
+  const AttentionCall call{query, pool, scales, table, valid, rows, counts, layer, tokens, scale, soft_cap, out, mass,
                            tiers.get()};
   wide ? attend<double>(call) : attend<float>(call);
   stack[0] = result(std::move(out));

@@ -21,7 +21,7 @@ def _fake(
     counts: torch.Tensor | None,
     layer: int,
     scale: float,
-    ticket: torch.Tensor | None = None,
+    *rest: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, batch_size, groups, capacity = table.shape
     mass_shape = (batch_size, groups, 0 if rows is None else capacity)
@@ -34,7 +34,7 @@ _ARGUMENTS = (
 )
 
 define(
-    f"swa_attention({_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"swa_attention({_ARGUMENTS}, float soft_cap=0.0) -> (Tensor, Tensor)",
     swa_attention,
     _fake,
     native=True,
@@ -42,5 +42,8 @@ define(
     inlined=True,
 )
 define(
-    f"swa_attention.tiered({_ARGUMENTS}, Tensor ticket) -> (Tensor, Tensor)", swa_attention_tiered, _fake, native=True
+    f"swa_attention.tiered({_ARGUMENTS}, Tensor ticket, float soft_cap=0.0) -> (Tensor, Tensor)",
+    swa_attention_tiered,
+    _fake,
+    native=True,
 )

@@ -20,6 +20,7 @@ def swa_attention_tiered(
     layer: int,
     scale: float,
     ticket: torch.Tensor,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`swa_attention` of a store whose rows do not all fit the device.
 
@@ -29,7 +30,7 @@ def swa_attention_tiered(
     counted here. ticket: see `kernels/tiers.py`.
     """
     state = state_of(ticket)
-    plain = (query, pool, scales, table, length, valid, rows, counts, layer, scale)
+    plain = (query, pool, scales, table, length, valid, rows, counts, layer, scale, soft_cap)
     if state.engine is not None:
         sparse = rows is not None and not state.engine.dense[layer]
         # Whether rows were missed, only the device knows. Without padding a working set that fits has its slots.
@@ -42,7 +43,7 @@ def swa_attention_tiered(
         return result
     if sparse and state.engine is not None:
         assert rows is not None and counts is not None
-        return _attend_to_packed(query, pool, scales, table, rows, counts, layer, scale, state)
+        return _attend_to_packed(query, pool, scales, table, rows, counts, layer, scale, soft_cap, state)
     tokens = int(length[layer]) if state.engine is None else state.engine.tokens
     if sparse:
         assert rows is not None and counts is not None
@@ -52,7 +53,7 @@ def swa_attention_tiered(
         attends = torch.arange(positions.shape[-1], device=query.device) < count.unsqueeze(-1)
         positions = positions.masked_fill(~attends, tokens - 1)
         key, value = load_rows(state, pool, scales, table, layer, positions, query.dtype)
-        return attend_to_rows(query, key, value, attends, table.shape[2], table.shape[3], scale)
+        return attend_to_rows(query, key, value, attends, table.shape[2], table.shape[3], scale, soft_cap)
     out, weights = decode_in_blocks(
         query,
         lambda first, end: read_rows(*state.stage(pool, scales, table, layer, first, end), query.dtype),
@@ -60,6 +61,7 @@ def swa_attention_tiered(
         None if valid is None else valid[:, :tokens],
         scale,
         score_dtype(query.dtype),
+        soft_cap,
     )
     groups = table.shape[2]
     mass = weights.new_zeros(query.shape[0], groups, 0 if rows is None else table.shape[3])
@@ -77,6 +79,7 @@ def _attend_to_packed(
     counts: torch.Tensor,
     layer: int,
     scale: float,
+    soft_cap: float,
     state: TierState,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain op over a copy of the working set in which slots are places in it: none is missing there."""
@@ -87,7 +90,7 @@ def _attend_to_packed(
     one = torch.ones(1, dtype=torch.int64, device=query.device)  # entries past a count stand for the first row
     out, received = torch.ops.alisa.swa_attention.default(
         query, packed, packed_scales, slots.view(1, batch_size, groups, width), one, None, places,
-        counts[layer : layer + 1], 0, scale,
+        counts[layer : layer + 1], 0, scale, soft_cap,
     )  # fmt: skip
     mass = received.new_zeros(batch_size, groups, table.shape[3])
     mass[..., :width] = received

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..capped_attention.triton import soft_capped
 from ..inlining import traceable
 from ..triton_launch import multiprocessors, require, tuned
 
@@ -64,13 +65,15 @@ def _fits(*, config: triton.Config, capability: int, query: torch.Tensor, HEADS:
 def attend_share(
     query, pool, scales, table, length, valid, rows, counts, logits, partial, partial_lse,
     capacity, width,
-    SCALE_LOG2: tl.constexpr, GROUPS: tl.constexpr, SLOT_HEADS: tl.constexpr, RATIO: tl.constexpr, HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_LOG2: tl.constexpr, CAP_LOG2: tl.constexpr, GROUPS: tl.constexpr, SLOT_HEADS: tl.constexpr,
+    RATIO: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One share of the rows of one KV head: grid (B * Hkv, SPLITS). table, length, rows and counts: the layer's part.
 
     logits: `[B, Hq, C]` float32 in units of log 2, or None; partial: `[B, Hq, SPLITS, D]`, partial_lse: `[B, Hq,
-    SPLITS]`, both float32. HEADS, DIM: RATIO and HEAD_DIM as powers of two that `tl.dot` takes.
+    SPLITS]`, both float32. CAP_LOG2: soft-cap of logits in that unit; 0 = none. HEADS, DIM: RATIO and HEAD_DIM as
+    powers of two that `tl.dot` takes.
     """
     KV_HEADS: tl.constexpr = GROUPS * SLOT_HEADS
     sequence = tl.program_id(0) // KV_HEADS
@@ -117,6 +120,8 @@ def attend_share(
             row_scale = scales + slot * (2 * SLOT_HEADS) + kv_head % SLOT_HEADS
             logit *= tl.load(row_scale, mask=attends, other=0.0)[None, :]
             v = v.to(tl.float32) * tl.load(row_scale + SLOT_HEADS, mask=attends, other=0.0)[:, None]
+        if CAP_LOG2 > 0.0:
+            logit = soft_capped(logit, CAP_LOG2)
         logit = tl.where(attends[None, :], logit, float("-inf"))
         if logits is not None:
             kept = is_head[:, None] & (entry < end)[None, :]
@@ -198,6 +203,7 @@ def swa_attention(
     counts: torch.Tensor | None,
     layer: int,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.swa_attention`. A sequence that attends to nothing has output 0 here, not NaN."""
     batch_size, query_heads, _, head_dim = query.shape
@@ -225,7 +231,7 @@ def swa_attention(
     traceable(attend_share)[batch_size * kv_heads, splits](
         query, pool, scales, *of_layer, valid, *lists, logits, partial, partial_lse,
         capacity, 0 if rows is None else rows.shape[-1],
-        SCALE_LOG2=scale * _LOG2_E,  # a constant: Inductor would pass a number in float64
+        SCALE_LOG2=scale * _LOG2_E, CAP_LOG2=soft_cap * _LOG2_E,  # constants: Inductor would pass numbers in float64
         GROUPS=groups, SLOT_HEADS=slot_heads, RATIO=ratio, HEADS=heads, HEAD_DIM=head_dim, DIM=dim,
         SPLITS=splits,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

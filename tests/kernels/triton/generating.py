@@ -70,6 +70,10 @@ def told_of_gpu(capability: int, **options: Any) -> Iterator[None]:
         yield
 
 
+#: Values read by the host, memory of the host that a copy could go to, and ops that may be references.
+_WAITS = r"\.item\(|\.tolist\(|\.cpu\(|_cpu\(|synchronize|nonzero|torch\.ops\.alisa"
+
+
 class Generated:
     """The code of one graph, and what Inductor knows about it.
 
@@ -88,6 +92,17 @@ class Generated:
         pattern = r"^(\w+) = async_compile\.triton\('\w+', '''\n(.*?)^''', device_str='cuda'\)"
         found = dict(re.findall(pattern, self.code, re.DOTALL | re.MULTILINE))
         return {name: source for name, source in found.items() if "custom_kernel=True" in source}
+
+    @property
+    def waits(self) -> list[str]:
+        """Lines of the code that let the host wait for the GPU, or that may: calls of ops in Python."""
+        functions = [
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(self.code))
+            if isinstance(node, ast.FunctionDef) and re.fullmatch(r"call|partition_\d+", node.name)
+        ]
+        assert functions
+        return [line.strip() for text in functions for line in text.splitlines() if re.search(_WAITS, line)]
 
     @property
     def launches(self) -> list[tuple[str, list[str]]]:

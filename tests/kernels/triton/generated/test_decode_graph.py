@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ import torch
 from alisa_compile import compat
 from alisa_compile.runtime.store import TokenStore
 from tests.kernels.harness import Driver, Heads
-from tests.kernels.triton.compiling import check_fits
+from tests.kernels.triton.compiling import SHARED_MEMORY, check_fits
 from tests.kernels.triton.generating import Generated, generate, register_device_guard, told_of_gpu
 
 _HEADS = Heads(query=8, kv=2, dim=64)
 _LAYERS, _BATCH = 3, 2
+_GRAPHS = {"triton.cudagraphs": True}  # as under `mode="reduce-overhead"`
 ops = torch.ops.alisa
 
 #: The kernels of each op, in order of launch.
@@ -31,18 +36,22 @@ class Case:
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     padded: bool = False
+    soft_cap: float = 0.0
     launches: tuple[str, ...] = (*APPEND, *ATTEND, *SELECT)
 
 
 CASES = {
     "default": Case(),
-    "int8, padded": Case({"kv_dtype": "int8"}, True, (*APPEND, "restate_padding", *ATTEND, *SELECT)),
-    "dense": Case({"sparsity": 0.0}, False, (*APPEND, *ATTEND)),
+    "int8, padded": Case({"kv_dtype": "int8"}, padded=True, launches=(*APPEND, "restate_padding", *ATTEND, *SELECT)),
+    "dense": Case({"sparsity": 0.0}, launches=(*APPEND, *ATTEND)),
+    "soft-capped": Case(soft_cap=50.0),
     "per head": Case({"head_mode": "per_kv_head", "policy": "h2o"}),
 }
 
 
-def _step(x: torch.Tensor, weight: torch.Tensor, store: TokenStore, mask: torch.Tensor | None) -> torch.Tensor:
+def _step(
+    x: torch.Tensor, weight: torch.Tensor, store: TokenStore, mask: torch.Tensor | None, soft_cap: float
+) -> torch.Tensor:
     """As the rewritten graph of a model: x `[B, 1, E]`, weight `[E, (Hq + 2 Hkv) D]`."""
     query_heads, heads, dim = _HEADS.query, _HEADS.kv, _HEADS.dim
     valid = None if mask is None else store.valid
@@ -58,8 +67,9 @@ def _step(x: torch.Tensor, weight: torch.Tensor, store: TokenStore, mask: torch.
             store.pool, store.scales, table, length, store.valid, key, value, key_scale, value_scale, mask, layer
         )
         out, mass = ops.swa_attention(
-            query, store.pool, store.scales, table, length, valid, store.rows, store.counts, layer, _HEADS.scale
-        )
+            query, store.pool, store.scales, table, length, valid, store.rows, store.counts, layer, _HEADS.scale,
+            soft_cap,
+        )  # fmt: skip
         if store.rows is not None:
             state = (store.scores, store.rows, store.counts)
             ops.kv_select(*state, mass, length, store.origin, valid, layer, store.spec)
@@ -67,8 +77,8 @@ def _step(x: torch.Tensor, weight: torch.Tensor, store: TokenStore, mask: torch.
     return x
 
 
-def _generate(case: Case, **inductor: Any) -> Generated:
-    with told_of_gpu(90, **inductor):
+def _generate(case: Case, capability: int = 90, **inductor: Any) -> Generated:
+    with told_of_gpu(capability, **inductor):
         driver = Driver(
             _HEADS, capacity=100, layers=_LAYERS, batch=_BATCH, dtype=torch.bfloat16, device="cuda", **case.options
         )
@@ -79,7 +89,13 @@ def _generate(case: Case, **inductor: Any) -> Generated:
         if case.padded:
             mask = torch.empty((_BATCH, 50), device="cuda", dtype=torch.int64)
             compat.mark_dynamic(mask, 1)
-        return generate(_step, x, weight, driver.store, mask)
+        return generate(_step, x, weight, driver.store, mask, case.soft_cap)
+
+
+@functools.cache
+def _generated(name: str, capability: int) -> Generated:
+    """The code of one case."""
+    return _generate(CASES[name], capability, **_GRAPHS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,9 +108,8 @@ def _device_guard() -> None:
     params=[pytest.param(name, marks=[] if name == "default" else pytest.mark.slow) for name in CASES],
 )
 def graph(request: pytest.FixtureRequest) -> tuple[Case, Generated]:
-    """The code of one case, as it is under `mode="reduce-overhead"`."""
-    case = CASES[request.param]
-    return case, _generate(case, **{"triton.cudagraphs": True})
+    """Each case, and its code."""
+    return CASES[request.param], _generated(request.param, 90)
 
 
 def test_kernels_are_launched_by_the_generated_code(graph: tuple[Case, Generated]) -> None:
@@ -103,6 +118,27 @@ def test_kernels_are_launched_by_the_generated_code(graph: tuple[Case, Generated
     assert [name.rpartition("_")[0] for name, _ in generated.launches] == list(case.launches) * _LAYERS
     assert "torch.ops.alisa" not in generated.code
     assert "def attend_share(" in generated.code  # its source
+
+
+def test_the_host_waits_for_nothing(graph: tuple[Case, Generated]) -> None:
+    """Between a step's first launch and its last the host reads no value, and nothing is copied to it."""
+    _, generated = graph
+    assert generated.waits == []
+
+
+_WAITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "empty_strided_cpu": lambda x: x.cpu() + 1,
+    "nonzero": lambda x: x + x.nonzero().sum(),
+}
+
+
+@pytest.mark.parametrize("line", _WAITS)
+def test_a_wait_shows(line: str) -> None:
+    """Ways to let the host wait, as Inductor writes them."""
+    scalars = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    with told_of_gpu(90, **_GRAPHS), torch._dynamo.config.patch(scalars):
+        waits = generate(_WAITS[line], torch.empty(16, device="cuda")).waits
+    assert any(line in found for found in waits)
 
 
 def test_layers_share_kernels(graph: tuple[Case, Generated]) -> None:
@@ -141,8 +177,8 @@ def test_one_cuda_graph_holds_the_step(graph: tuple[Case, Generated]) -> None:
 @pytest.mark.slow
 def test_an_op_without_a_kernel_stays_outside() -> None:
     """Algorithm 1's ring of attention rows: selection reads lengths on the host, between two CUDA graphs."""
-    generated = _generate(Case({"paper": True, "sparsity": 0.8}), **{"triton.cudagraphs": True})
-    assert generated.code.count("torch.ops.alisa.kv_select.default(") == _LAYERS
+    generated = _generate(Case({"paper": True, "sparsity": 0.8}), **_GRAPHS)
+    assert generated.code.count("torch.ops.alisa.kv_select.default(") == _LAYERS == len(generated.waits)
     assert generated.cuda_graphs == (_LAYERS, [])  # nothing is left to do after the last selection
 
 
@@ -150,15 +186,35 @@ def test_an_op_without_a_kernel_stays_outside() -> None:
 def test_without_fixed_addresses_inductor_would_skip_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the store marks its tensors is what makes the graph one that may change them."""
     monkeypatch.setattr(compat, "mark_static_address", lambda _: None)
-    generated = _generate(Case({"sparsity": 0.0}), **{"triton.cudagraphs": True})
+    generated = _generate(Case({"sparsity": 0.0}), **_GRAPHS)
     assert generated.mutated and not generated.mutated & generated.static
 
 
-@pytest.mark.parametrize("capability", [90, *(pytest.param(each, marks=pytest.mark.slow) for each in (80, 100))])
-def test_generated_kernels_compile(graph: tuple[Case, Generated], capability: int, tmp_path: Path) -> None:
-    """With the types, constants and alignments that Inductor wrote down for them: no spills, enough shared memory."""
+def test_the_soft_cap_is_part_of_the_kernel(graph: tuple[Case, Generated]) -> None:
+    """Its source comes from another module; where there is none, it is compiled away."""
     case, generated = graph
-    first = {name.rpartition("_")[0]: name for name in reversed(generated.kernels)}
+    caps = {each for source in generated.kernels.values() for each in re.findall(r"'CAP_LOG2': ([\d.]+)", source)}
+    assert caps == {str(case.soft_cap * math.log2(math.e))}
+    assert "def soft_capped(" in generated.code
+
+
+#: Compiled by default; the others are slow.
+_QUICK = {("default", 90), ("int8, padded", 75)}
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(*pair, marks=[] if pair in _QUICK else pytest.mark.slow)
+        for pair in itertools.product(CASES, SHARED_MEMORY)
+    ],
+)
+def test_generated_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
+    """With the configurations, types, constants and alignments that Inductor wrote down for this GPU: no spills, enough
+    shared memory."""
+    case = CASES[name]
+    generated = _generated(name, capability)
+    first = {kernel.rpartition("_")[0]: kernel for kernel in reversed(generated.kernels)}
     assert set(first) == set(case.launches)
     with told_of_gpu(capability):
-        check_fits([each for name in first.values() for each in generated.compile(name, capability, tmp_path)])
+        check_fits([each for kernel in first.values() for each in generated.compile(kernel, capability, tmp_path)])

@@ -34,6 +34,7 @@ class Shape:
     batch: int = 1
     groups: int = 1
     dtype: torch.dtype = torch.float32
+    soft_cap: float = 0.0
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def _check(shape: Shape, spec: str, padded: bool) -> None:
 
     query, key, value = draw(shape.query), draw(shape.kv), draw(shape.kv)
     mask = _mask(shape.batch, shape.tokens) if padded else None
-    tail: tuple[Any, ...] = (shape.groups, _SPECS[spec], 1 / math.sqrt(shape.dim))
+    tail: tuple[Any, ...] = (shape.groups, _SPECS[spec], 1 / math.sqrt(shape.dim), shape.soft_cap)
     expected, expected_mass = reference(query.double(), key.double(), value.double(), mask, *tail)
     if mask is not None:
         # Keys of padding are read by nobody; its values by rows with nothing else to attend to.
@@ -85,13 +86,14 @@ _PROMPTS = {
     "four masks": Shape(tokens=19, batch=4, groups=2, dim=80, dtype=torch.float16),
     "two groups": Shape(query=2, groups=2, dim=16, tokens=37),
     "one KV head": Shape(query=3, kv=1, dim=64, tokens=63, dtype=torch.bfloat16),
+    "soft-capped": Shape(tokens=37, dim=16, soft_cap=0.7),
 }
 #: Each shape with and without padding, each kind of mass with two shapes or more; the others are slow.
 _QUICK = {
     ("one token", "decay", True), ("one token", "sum", False), ("four masks", "ring", True),
     ("four masks", "sum", True), ("four masks", "decay", False), ("two groups", "ring", False),
     ("two groups", "decay", True), ("two groups", "sum", False), ("one KV head", "decay", True),
-    ("one KV head", "ring", False),
+    ("one KV head", "ring", False), ("soft-capped", "ring", True), ("soft-capped", "sum", False),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Shape:
     tokens: int = 111
     dtype: torch.dtype = torch.float32
     int8: bool = False
+    soft_cap: float = 0.0
 
 
 @dataclasses.dataclass
@@ -84,7 +85,7 @@ def _case(shape: Shape, mode: str, *, seed: int = 0) -> Case:
         poisoned[unread], poisoned_scales[unread] = 127, float("nan")
     query = torch.randn((batch, 1, shape.query, shape.dim), generator=generator).to(shape.dtype).transpose(1, 2)
     table = order.int()
-    tail = (length, valid if padding else None, rows, counts, _LAYER, 1 / math.sqrt(shape.dim))
+    tail = (length, valid if padding else None, rows, counts, _LAYER, 1 / math.sqrt(shape.dim), shape.soft_cap)
     entries = torch.full((batch, groups), tokens) if kind != "sparse" else counts[_LAYER]
     given = tuple(
         value.to(DEVICE) if isinstance(value, torch.Tensor) else value
@@ -127,6 +128,7 @@ _SHAPES = [
     Shape(dim=80, dtype=torch.float16, tokens=63),
     Shape(dim=128, int8=True, dtype=torch.bfloat16, tokens=63),
     Shape(query=4, kv=2, groups=2, dim=32, int8=True, batch=3, tokens=37),
+    Shape(dim=32, tokens=37, soft_cap=0.7),
 ]
 
 
