@@ -49,7 +49,7 @@ TITLES = {
     "quantise": "INT8 rows of one layer's block: 8 KV heads, head_dim 64",
     "move": "Gather and scatter of 4096 rows at random slots, by bytes of a row",
     "planner": "Planning a generation of Llama-3.2-1B, by tokens of the prompt and new ones",
-    "compile": "First generate of a 16-layer model, compilation included",
+    "compile": "First generate of an 8-layer model, compilation included",
     "overhead": "Host overhead of a decode step: 16 layers so small that a step is nearly all overhead",
     "phases": "Decode step by policy and share of K and V on the device: novel-7m, prompt 900, the rest on the host",
     "recompute": "Decode step of an OPT (2 layers, hidden 512, 8 heads) where K and V of all tokens do not fit",
@@ -136,28 +136,24 @@ def _planner() -> list[Row]:
 
 
 def _overhead() -> list[Row]:
-    compile_row = Row(
-        "compile",
-        "16 layers, hidden 256",
-        "overhead:compile_times",
-        {"layers": 16},
-        "the second process generates the first one's tokens",
-        quick={"layers": 1},
-        limit_s=400,
-    )
     return [
-        compile_row,
-        *(
-            Row(
-                "overhead",
-                f"sparsity {sparsity}",
-                "overhead:host",
-                {"shape": "overhead", "sparsity": sparsity},
-                _DECODE_GATE,
-                quick={"shape": "tiny", "seconds": 0.05},
-                limit_s=300,
-            )
-            for sparsity in (0.0, 0.8)
+        Row(
+            "compile",
+            "8 layers, hidden 256",
+            "overhead:compile_times",
+            {"layers": 8},
+            "the second process generates the first one's tokens",
+            quick={"layers": 1},
+            limit_s=400,
+        ),
+        Row(
+            "overhead",
+            "80 %",
+            "overhead:host",
+            {"shape": "overhead", "sparsity": 0.8},
+            _DECODE_GATE,
+            quick={"shape": "tiny", "seconds": 0.05},
+            limit_s=300,
         ),
     ]
 
@@ -173,7 +169,7 @@ def _phases() -> list[Row]:
             quick={"shares": [0.5], "prompt": 300, "new": 8, "rounds": 1},
             limit_s=400,
         )
-        for policy in ("swa", "churn", "dense")
+        for policy in ("swa", "dense")
     ]
 
 
@@ -181,43 +177,47 @@ def _recompute() -> list[Row]:
     return [
         Row(
             "recompute",
-            policy,
+            "swa",
             "recompute:within_equal_budgets",
-            {"policy": policy, "batch": 2, "prompt": 500, "new": 48, "layers": 2, "hidden": 512, "heads": 8},
+            {"policy": "swa", "batch": 2, "prompt": 500, "new": 48, "layers": 2, "hidden": 512, "heads": 8},
             "the tokens that the same policy gives with everything on the device",
             quick={"prompt": 400, "new": 8, "layers": 2, "hidden": 128, "heads": 4, "rounds": 1},
             limit_s=300,
         )
-        for policy in ("swa", "churn")
     ]
 
 
 def _decode() -> list[Row]:
-    grid = [(tokens, batch) for batch in (1, 4, 16) for tokens in (2048, 32768)]
+    inductor = ["hf dynamic, Inductor", "hf static, Inductor"]
+    grid = [
+        (2048, 1, []),
+        (32768, 1, []),
+        (2048, 4, inductor),
+        (32768, 4, inductor),
+        (2048, 16, inductor),
+        (32768, 16, [*inductor, "hf quantized fp8"]),
+    ]
     rows = [
         Row(
             "decode",
             f"{tokens // 1024}k, batch {batch}",
             "decode:side_by_side",
-            {"shape": "small", "tokens": tokens, "batch": batch, "inductor": batch == 1},
+            {"shape": "small", "tokens": tokens, "batch": batch, "left_out": left_out},
             _DECODE_GATE,
             quick=_TINY,
             limit_s=400,
         )
-        for tokens, batch in grid
+        for tokens, batch, left_out in grid
     ]
-    phase_one = [
-        Row(
-            "phase-1",
-            f"{tokens // 1024}k, batch {batch}",
-            "decode:phase_one",
-            {"shape": "small", "tokens": tokens, "batch": batch},
-            _DECODE_GATE,
-            quick=_TINY,
-            limit_s=300,
-        )
-        for tokens, batch in ((2048, 1), (8192, 1))
-    ]
+    phase_one = Row(
+        "phase-1",
+        "2k, batch 1",
+        "decode:phase_one",
+        {"shape": "small", "tokens": 2048, "batch": 1},
+        _DECODE_GATE,
+        quick=_TINY,
+        limit_s=300,
+    )
     fixed = Row(
         "fixed-rows",
         "4k to 32k",
@@ -232,14 +232,14 @@ def _decode() -> list[Row]:
             "llama-1b",
             f"16k, batch {batch}",
             "decode:of_ceiling",
-            {"shape": "llama-3.2-1b", "tokens": 16384, "batch": batch, "inductor": batch == 1},
+            {"shape": "llama-3.2-1b", "tokens": 16384, "batch": batch, "left_out": left_out},
             _DECODE_GATE,
             quick=_TINY,
             limit_s=600,
         )
-        for batch in (1, 4)
+        for batch, left_out in ((1, inductor[:1]), (4, inductor))
     ]
-    return [*phase_one, *rows, fixed, *llama]
+    return [phase_one, *rows, fixed, *llama]
 
 
 def _paper() -> list[Row]:
@@ -248,12 +248,21 @@ def _paper() -> list[Row]:
             "paper",
             f"batch {batch}",
             "paper:workload",
-            {"batch": batch, "prompt": 128, "new": 512, "layers": 2, "hidden": 256, "heads": 4, "device_share": 0.5},
+            {
+                "batch": batch,
+                "prompt": 128,
+                "new": 512,
+                "layers": 2,
+                "hidden": 256,
+                "heads": 4,
+                "device_share": 0.5,
+                "left_out": left_out,
+            },
             "the first 32 tokens of alisa at sparsity 0, and of both other schedulers, are those of stock transformers",
             quick={"prompt": 200, "new": 8, "layers": 4, "hidden": 64, "batch": min(batch, 4)},
             limit_s=400,
         )
-        for batch in (4, 16, 64)
+        for batch, left_out in ((4, []), (16, []), (64, ["hf quantized fp8"]))
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ _COMPILES = 3  # steps before the clock starts; torch compiles for one length, t
 #: some; how much, the stock model says by doing its own attention in two ways. Attending to all rows instead of those
 #: chosen is worth 0.9 and more, so the most that may be excused is far below.
 _TIMES_NOISE, _LEAST, _MOST = 3.0, 1e-3, 0.3
-_LEFT_OUT = "left out beyond batch 1, where it takes minutes"
+LEFT_OUT = "left out of this row, where it takes a minute or more"
 _CHECKED = 2  # sequences, the first and the last: they know nothing of each other, and the stock model is slow
 
 
@@ -182,11 +182,16 @@ class _Bench:
 
 @torch.no_grad()
 def side_by_side(
-    shape: str, tokens: int, batch: int, inductor: bool = True, device_share: float = 0.25, seconds: float = 1.5
+    shape: str,
+    tokens: int,
+    batch: int,
+    left_out: Sequence[str] = (),
+    device_share: float = 0.25,
+    seconds: float = 1.5,
 ) -> Outcome:
     """Everybody, one after the other: their caches do not fit memory together.
 
-    inductor: also transformers' caches under it, which takes minutes where the cache is large.
+    left_out: peers that would take a minute or more.
     """
     bench = _Bench(shape, tokens, batch, seconds)
     budget = int(device_share * bench.dense_bytes())
@@ -195,8 +200,8 @@ def side_by_side(
     below = {"device_kv_budget": budget, "host_kv_budget": 2 * bench.dense_bytes()}
     bench.alisa(f"alisa, {device_share:.0%} on device", sparsity=0.8, **below)
     for who, kind, compiled in PEERS:
-        if compiled and not inductor:
-            bench.measures.append(Measure(who, None, _LEFT_OUT))
+        if who in left_out:
+            bench.measures.append(Measure(who, None, LEFT_OUT))
         else:
             bench.peer(who, kind, compiled, budget)
     return Outcome(bench.measures)
@@ -215,10 +220,10 @@ def phase_one(shape: str, tokens: int, batch: int, seconds: float = 3.0) -> Outc
 
 
 @torch.no_grad()
-def of_ceiling(shape: str, tokens: int, batch: int, inductor: bool = True, seconds: float = 6.0) -> Outcome:
+def of_ceiling(shape: str, tokens: int, batch: int, left_out: Sequence[str] = (), seconds: float = 4.0) -> Outcome:
     """The ceiling: a step at an empty context, and the working set's bytes at the read bandwidth, in the same run.
 
-    inductor: as in `side_by_side`.
+    left_out: as in `side_by_side`.
     """
     bench = _Bench(shape, tokens, batch, seconds)
     ours = Alisa(bench.model, bench.history, ROOM, sparsity=0.8, kv_dtype="int8")
@@ -237,8 +242,8 @@ def of_ceiling(shape: str, tokens: int, batch: int, inductor: bool = True, secon
     read = max(bench.read, bench.bandwidth.measure())
     least = min([who for who in found if who != entry.who], key=lambda who: found[who].p50)
     ceiling = found[least].p50 + floor_ms(entry.kv_bytes, read)
-    peers = {who: bench.peer(who, kind, compiled) for who, kind, compiled in PEERS[:4] if inductor or not compiled}
-    bench.measures += [Measure(who, None, _LEFT_OUT) for who, _, _ in PEERS[:4] if who not in peers]
+    peers = {who: bench.peer(who, kind, compiled) for who, kind, compiled in PEERS[:4] if who not in left_out}
+    bench.measures += [Measure(who, None, LEFT_OUT) for who, _, _ in PEERS[:4] if who not in peers]
     timed = {who: times for who, times in peers.items() if times is not None}
     default, best = timed[PEERS[0][0]], min(timed, key=lambda who: timed[who].p50)
     mean = found[entry.who].mean

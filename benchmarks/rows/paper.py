@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from alisa_compile.backend import alisa
 from alisa_compile.kernels import native
 from benchmarks.contenders import quiet_transformers
 from benchmarks.outcome import GateFailed, Measure, Outcome
+from benchmarks.rows.decode import LEFT_OUT
 from benchmarks.schedulers.block_lru import BlockLRU
 from benchmarks.schedulers.static_split import StaticSplit
 from benchmarks.timing import Times, seconds_of
@@ -107,10 +108,12 @@ def workload(
     hidden: int,
     heads: int,
     device_share: float,
+    left_out: Sequence[str] = (),
     inner_compiler: str = "inductor",
 ) -> Outcome:
     """float32, greedy; prefill included.
 
+    left_out: peers that would take a minute or more.
     device_share: of K and V of all tokens, that the device may hold; the host may hold all of them twice. Memory is
     what a cache holds in the end, tables and staging of alisa's store included.
     """
@@ -153,6 +156,9 @@ def workload(
         release(runner)
         gc.collect()
     for who, (model, options) in peers.items():
+        if who in left_out:
+            measures.append(Measure(who, None, LEFT_OUT))
+            continue
         if who == "hf offloaded" and not torch.accelerator.is_available():
             measures.append(Measure(who, None, "offloads from a GPU, and there is none"))
             continue

@@ -29,7 +29,7 @@ _PROFILE = MachineProfile(
 )
 
 
-def plan(prompt: int, new: int, fraction: float, seconds: float = 1.0) -> Outcome:
+def plan(prompt: int, new: int, fraction: float, seconds: float = 0.3) -> Outcome:
     """Of Llama-3.2-1B with `fraction` of its K and V on the device; making the model's shapes is part of it."""
     config = hf.LlamaConfig(**SHAPES["llama-3.2-1b"], max_position_embeddings=1 << 17, tie_word_embeddings=True)
     row = 2 * config.num_key_value_heads * config.head_dim * 2 * config.num_hidden_layers
