@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -73,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not path.parent.is_dir():
             raise BadResults(f"there is no folder {path.parent}")
         results = ResultsFile(path, fresh=options.fresh)
-        measure(rows, results, quick=options.quick, quiet=options.quiet)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the row's process, too
+        try:
+            measure(rows, results, quick=options.quick, quiet=options.quiet)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     except BadResults as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,4 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
     options += ["--compare", *map(str, arguments.compare)] if arguments.compare else []
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "benchmarks.run", *options]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # it goes on with the rows otherwise
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

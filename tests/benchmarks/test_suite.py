@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -228,6 +230,30 @@ def test_the_command_says_what_it_needs(
     monkeypatch.setattr(command, "_ROOT", tmp_path)
     assert alisa(["bench"]) == 2
     assert "not part of the installed package" in capfd.readouterr().err
+
+
+def _descendants(pid: int) -> list[int]:
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    children = [int(child) for child in file.read_text().split()] if file.exists() else []
+    return children + [pid for child in children for pid in _descendants(child)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are looked up in /proc")
+def test_a_command_that_is_terminated_leaves_no_process(tmp_path: Path) -> None:
+    """Neither the suite, which would go on with the next row, nor the row."""
+    script = "import sys; from alisa_compile.tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    rows = ["--only", "planner", "--only", "select", "--out", str(tmp_path / "out.json")]
+    parent = subprocess.Popen([sys.executable, "-c", script, "bench", *rows], stderr=subprocess.DEVNULL)
+    while len(started := _descendants(parent.pid)) < 4:  # suite, its forkserver and tracker, a row
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.terminate()
+    assert parent.wait(30) == 130
+    ends = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
