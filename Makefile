@@ -40,7 +40,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check alisa_compile tests benchmarks
 	$(BIN)/mypy
 
-bench: $(STAMP) ## every benchmark, about 25 minutes; goes on where it was interrupted
+bench: $(STAMP) ## every benchmark, about 20 minutes; goes on where it was interrupted
 	$(BIN)/alisa bench $(BENCH_ARGS)
 
 clean: ## remove the environment, caches and build output
