@@ -9,15 +9,15 @@ no recent run of neighbours, which a real one has, helps. No time is printed unl
 the plain-torch reference in float64.
 
 Why the share of the linear read is below 0.7 (two virtual CPUs of an AMD EPYC with AVX-512, 16k tokens, 80 %; in
-results/decode_attention.json 0.58 with bf16 and 0.44 with int8 rows, where linear reads ran at 45 GB/s):
+results/decode_attention.json 0.59 with bf16 and 0.47 with int8 rows, where linear reads ran at 46 GB/s):
 
 - The order of reads decides on the gather floor. In blocks of 30 calls in this process, one row of 4 KiB after the
   other got 0.77 of the linear read, two in turn 0.89, eight in turn 0.91 (int8 rows: 0.80, 0.87, 0.82). An earlier
   loop of this file got 0.67: gcc stored every line on the stack as well. In a round, where each layer is read once
-  after other work, the floor is 0.69, its fastest call 0.84 (int8 rows: 0.69, 0.71).
+  after other work, the floor is 0.69 (int8 rows: 0.61 to 0.69).
 - Rows that begin 64 bytes behind a page, where malloc puts them, read 5 to 20 % slower in a loop of their own; in the
   kernel pools that begin at a page made no difference that could be seen.
-- The kernel takes 0.51 and 0.34 ms, 0.21 and 0.19 ms of it are arithmetic ("in cache ms"): about a sixth the softmax,
+- The kernel takes 0.49 and 0.33 ms, 0.18 and 0.23 ms of it are arithmetic ("in cache ms"): about a sixth the softmax,
   a fifth what reads no rows (sums of blocks, the mass, the call itself: 8 us). Its time is near the floor and this
   arithmetic one after the other. Asking for the next rows in the softmax, too, gained 1 to 8 % with bf16 rows and lost
   up to a fifth with int8 rows; it is not in.
