@@ -47,6 +47,7 @@ from alisa_compile.kernels.swa_attention.reference import swa_attention as atten
 from alisa_compile.runtime.policies import selection_spec
 from alisa_compile.runtime.tiers import Pool, RowForm, RowShape, Tier
 from benchmarks.machine import machine_line
+from benchmarks.results_file import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -562,13 +563,6 @@ def _print(result: Values) -> None:
     print(tabulate(shown, tablefmt="plain") if values else f"  {result['reason']}", flush=True)
 
 
-def _write(path: Path, record: Values) -> None:
-    """Whole or not at all."""
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
 def _read(path: Path) -> Values:
     record: Values = json.loads(path.read_text(encoding="utf-8"))
     return record
@@ -592,13 +586,13 @@ def run_rows(listed: list[Row], setting: Setting, path: Path | None, deadline: f
             continue
         left = deadline - time.time()
         if path is not None:
-            _write(
+            write_whole(
                 path, {**record, "running": {"row": row.name, "until": time.time() + max(0.0, min(row.seconds, left))}}
             )
         record["rows"].append(run_row(row, setting, left))
         _print(record["rows"][-1])
         if path is not None:
-            _write(path, record)
+            write_whole(path, record)
         if record["rows"][-1]["status"] == "failed" and _context_is_dead(setting.device):
             return False
     return True
@@ -627,7 +621,7 @@ def supervise(command: list[str], path: Path) -> None:
             reason = "hung, and was killed" if status is None else f"the process ended with status {status}"
             record["rows"].append({"row": running["row"], "status": "failed", "reason": reason})
             _print(record["rows"][-1])
-            _write(path, record)
+            write_whole(path, record)
         if len(record["rows"]) == before:
             raise SystemExit(f"rows cannot be run: the process ended with status {status}")
 

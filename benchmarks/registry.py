@@ -179,7 +179,7 @@ def _recompute() -> list[Row]:
             "recompute",
             "swa",
             "recompute:within_equal_budgets",
-            {"policy": "swa", "batch": 2, "prompt": 500, "new": 48, "layers": 2, "hidden": 512, "heads": 8},
+            {"batch": 2, "prompt": 500, "new": 48, "layers": 2, "hidden": 512, "heads": 8},
             "the tokens that the same policy gives with everything on the device",
             quick={"prompt": 400, "new": 8, "layers": 2, "hidden": 128, "heads": 4, "rounds": 1},
             limit_s=300,

@@ -31,10 +31,14 @@ class ResultsFile:
     def add(self, row_id: str, result: dict[str, Any]) -> None:
         """Keep a row, and the file with it."""
         self.rows[row_id] = result
-        text = json.dumps({"format": FORMAT, "rows": self.rows}, indent=1)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.path)  # an interruption leaves the old file or the new one
+        write_whole(self.path, {"format": FORMAT, "rows": self.rows})
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """JSON; an interruption leaves the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from benchmarks.outcome import GateFailed, Measure, Outcome
 from benchmarks.rows.paper import Workload
 from benchmarks.timing import Times
 
-_POLICIES: dict[str, dict[str, Any]] = {"swa": {}, "churn": {"policy": "churn"}, "dense": {"sparsity": 0.0}}
+_POLICIES: dict[str, dict[str, Any]] = {"swa": {}, "dense": {"sparsity": 0.0}}
 
 
 def step_by_budget(policy: str, shares: list[float], prompt: int, new: int, rounds: int = 3) -> Outcome:

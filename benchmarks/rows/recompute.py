@@ -12,12 +12,11 @@ from benchmarks.rows.paper import Workload
 from benchmarks.rows.phases import decode_steps
 from benchmarks.timing import Times
 
-_POLICIES: dict[str, dict[str, Any]] = {"swa": {}, "churn": {"policy": "churn"}}
 _ALL, _OFF = "all on the device", "recompute off, the rest on disk"
 
 
 def within_equal_budgets(
-    policy: str, batch: int, prompt: int, new: int, layers: int, hidden: int, heads: int, rounds: int = 3
+    batch: int, prompt: int, new: int, layers: int, hidden: int, heads: int, rounds: int = 3
 ) -> Outcome:
     """Decode steps of an OPT, float32, one thread: device for 40 % of K and V with its tables, host for 45 %.
 
@@ -35,7 +34,7 @@ def within_equal_budgets(
         "recompute off, twice the host": {**device, "recompute": "off", "host_kv_budget": int(0.9 * kv)},
         _ALL: {},
     }
-    runners = {who: work.compiled(**_POLICIES[policy], **options) for who, options in settings.items()}
+    runners = {who: work.compiled(**options) for who, options in settings.items()}
     times = decode_steps(work, runners, _ALL, rounds)
     measures = [_measure(who, runners[who], times[who], batch, new) for who in runners]
     gain = times[_OFF].mean / times["recompute auto"].mean

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from alisa_compile.runtime.tiers import Pool, RowForm, RowShape, Tier
+from benchmarks.memory import allocated
 
 HUGE_PAGE = 2 << 20
 
@@ -48,8 +49,6 @@ def test_rows_and_scales_of_a_pool_have_huge_pages(form: RowForm) -> None:
 def test_pools_are_counted_where_torch_hands_memory_out() -> None:
     """Budgets are checked against torch's allocator, which memory from elsewhere would pass by."""
     shape = RowShape(8, 16, torch.bfloat16, RowForm.KV_INT8)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        pool = Pool.allocate(Tier.DEVICE, shape, 100_000, torch.device("cpu"))
-    counted = sum(event.self_cpu_memory_usage for event in found.key_averages())  # type: ignore[attr-defined]
+    pool, memory = allocated(lambda: Pool.allocate(Tier.DEVICE, shape, 100_000, torch.device("cpu")))
     assert pool.scales is not None
-    assert pool.rows.nbytes + pool.scales.nbytes <= counted < pool.rows.nbytes + pool.scales.nbytes + 4096
+    assert pool.rows.nbytes + pool.scales.nbytes <= memory.held < pool.rows.nbytes + pool.scales.nbytes + 4096
