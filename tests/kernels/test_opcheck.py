@@ -136,3 +136,12 @@ def test_quantize_row(dtype: torch.dtype) -> None:
     rows = torch.randn((2, 3, 5, 8)).to(dtype)
     _check(ops.quantize_row.default, rows)
     _check(ops.quantize_row.default, rows.transpose(1, 2))
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_capped_attention(masked: bool) -> None:
+    """The decomposed op, with and without a mask."""
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.rand(2, 1, 3, 5) > 0.3 if masked else None
+    named = {"scale": 0.3, "soft_cap": 5.0}
+    torch.library.opcheck(ops.capped_attention.default, (query, key, key, mask), named)
